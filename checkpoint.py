@@ -1,0 +1,85 @@
+"""One checkpoint format: saved whole or not at all, loaded without running any code in it.
+
+A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionaries:
+
+    format        1
+    architecture  "mamba"
+    config        the arguments that rebuild the model
+    model         its state_dict
+    dataset       {"name", "classes", "mean", "std"}
+    epoch         epochs finished
+    metrics       the metrics of that epoch
+    settings      the command line it was trained with
+    ...           what train_mamba.py needs to go on (optimizer, schedule, rng)
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from errors import UserError
+
+FORMAT = 1
+REQUIRED = ("format", "architecture", "config", "model", "dataset", "epoch", "metrics", "settings")
+
+
+def save(path: Path, contents: dict) -> None:
+    """Write a checkpoint under a temporary name, flush it to the disk, then rename it to `path`.
+
+    A full disk or a kill at any moment leaves the file that was there before untouched.
+    Raises UserError where the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            torch.save({"format": FORMAT, **contents}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UserError(f"cannot write checkpoint {path}: {error}; free space or choose another "
+                        "--checkpoints-dir") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict:
+    """Read a checkpoint made by `save`, its tensors on `device`.
+
+    Only tensors and plain values are ever unpickled (`weights_only=True`), so a hostile file does
+    nothing. Raises UserError for a file that is missing, truncated, foreign or of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; train one with: python train_mamba.py")
+    try:
+        contents = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises pickle, zip, runtime and key errors for broken files
+        raise UserError(f"{path} is not a checkpoint of this project or is damaged "
+                        f"({type(error).__name__}); choose another file") from error
+    if not isinstance(contents, dict) or any(key not in contents for key in REQUIRED):
+        raise UserError(f"{path} is not a checkpoint of this project; choose one that train_mamba.py wrote")
+    if contents["format"] != FORMAT:
+        raise UserError(f"{path} has checkpoint format {contents['format']}, this version reads {FORMAT}; "
+                        "use the version of the project that wrote it")
+    return contents
+
+
+def newest(folder: Path) -> Path:
+    """The checkpoint in `folder` changed last; the best of a run before its `.last.pt`.
+
+    Raises UserError where there is none.
+    """
+    found = [path for path in Path(folder).glob("*.pt") if not path.name.startswith(".")]
+    best = [path for path in found if not path.name.endswith(".last.pt")]
+    if not found:
+        raise UserError(f"no checkpoint in {folder}; train one with: python train_mamba.py")
+    return max(best or found, key=lambda path: path.stat().st_mtime)

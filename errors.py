@@ -1,0 +1,25 @@
+"""Mistakes that a person can mend, told in one line.
+
+A module raises `UserError("cause; mend")`. A script runs its main function through
+`run_script`, which prints that line on stderr and ends with exit status 2, so that a wrong
+command never shows a traceback and never looks like success to a shell.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """The cause and the mend of a mistake, in one line, for the person who made it."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run `main`; a `UserError` becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        line = " ".join(str(error).split())
+        print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,322 @@
+"""Pictures of a classifier's work: arrays in, a matplotlib Figure out.
+
+    images         (N, C, H, W) uint8, C = 1 (grey) or 3 (colour)
+    labels         (N,) the true classes
+    predictions    (N,) the predicted classes
+    probabilities  (N, classes), each row sums to 1
+    classes        the classes' names
+
+Arrays may be torch tensors on the CPU or NumPy arrays. No function touches pyplot's global state: in a
+notebook a Figure shows itself, in a script `save` writes it. Nothing is told by colour alone: a wrong
+prediction also carries a cross and a dashed frame, and every shade stays apart in grey print.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import seaborn
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import ArrayLike
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+from errors import UserError
+
+DPI = 150
+MARGIN = 0.14  # inches
+INK, MUTED, FAINT, PALE = "#22272e", "#6b7480", "#c9ced6", "#eef1f4"
+RIGHT, WRONG = "#2a6496", "#c2410c"  # blue and burnt orange: apart for every common colour blindness
+ERRORS = LinearSegmentedColormap.from_list("errors", ["#fff4ea", "#fdba80", "#e8702a", "#8f2d0a"])
+
+styled = matplotlib.rc_context({
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture on every machine
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": FAINT,
+    "xtick.color": MUTED,
+    "ytick.color": INK,
+    "xtick.labelcolor": INK,
+})  # a decorator: the style holds while the function below it draws
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `figure` as PNG (or what the name's ending says). Raises UserError where it cannot be written."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")  # a file name in another script
+            figure.savefig(path, dpi=DPI, facecolor="white")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another "
+                        "--runs-dir") from error
+
+
+@styled
+def confusion(labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str]) -> Figure:
+    """Counts and row percentages of every (true, predicted) pair.
+
+    The diagonal is left pale and only the errors are coloured, on their own scale: one error in a
+    thousand would vanish beside the diagonal on a common scale.
+    """
+    count = len(classes)
+    matrix = confusion_matrix(np.asarray(labels), np.asarray(predictions), labels=range(count))
+    totals = matrix.sum(axis=1, keepdims=True)
+    share = 100 * matrix / np.maximum(totals, 1)
+    diagonal = np.eye(count, dtype=bool)
+    worst = share[~diagonal].max(initial=0.0) or 1.0
+
+    side = max(5.0, 0.68 * count)
+    figure = _figure(side + 1.4, side + 0.5)
+    axes = figure.subplots()
+    seaborn.heatmap(share, mask=diagonal | (matrix == 0), cmap=ERRORS, vmin=0, vmax=worst, square=True,
+                    linewidths=1.5, linecolor="white", xticklabels=classes, yticklabels=classes, ax=axes,
+                    cbar_kws={"label": "errors, % of the true class", "shrink": 0.6, "aspect": 30})
+    for row, column in np.ndindex(matrix.shape):
+        number = matrix[row, column]
+        if row == column:
+            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=PALE, edgecolor="white", linewidth=1.5))
+        elif number == 0:
+            axes.text(column + 0.5, row + 0.5, "·", color=FAINT, ha="center", va="center")
+            continue
+        colour = "white" if row != column and share[row, column] > 0.65 * worst else INK
+        axes.text(column + 0.5, row + 0.42, f"{number:,}", color=colour, ha="center", va="center",
+                  weight="bold" if row == column else "normal")
+        percent = f"{share[row, column]:.1f}%" if totals[row, 0] else "no images"
+        axes.text(column + 0.5, row + 0.74, percent, color=colour, ha="center", va="center", fontsize=6)
+
+    axes.set(xlabel="predicted", ylabel="true")
+    long_names = max(map(len, classes)) > 6
+    axes.tick_params(length=0)
+    axes.set_xticklabels(axes.get_xticklabels(), rotation=40 if long_names else 0,
+                         ha="right" if long_names else "center", rotation_mode="anchor")
+    axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
+    bar = axes.collections[0].colorbar
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8)
+    bar.ax.locator_params(nbins=5)
+    right, total = int(np.trace(matrix)), int(matrix.sum())
+    _title(figure, "Confusion matrix", f"{right:,} of {total:,} right ({_percent(right, total)}); "
+                                       "each cell: images and percent of its row")
+    return figure
+
+
+@styled
+def predictions(images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str],
+                most: int = 40) -> Figure:
+    """The first `most` images with the predicted class and its probability; wrong ones are crossed."""
+    images, labels, probabilities = (np.asarray(array)[:most] for array in (images, labels, probabilities))
+    predicted = probabilities.argmax(axis=1)
+    figure, cells = _grid(len(images), columns=8, side=0.86, text_lines=2)
+    for cell, image, label, guess, row in zip(cells, images, labels, predicted, probabilities, strict=True):
+        right = guess == label
+        _picture(cell, image, wrong=not right)
+        second = f"{100 * row[guess]:.1f}%" + ("" if right else f", is {classes[label]}")
+        _caption(cell, classes[guess] if right else f"✗ {classes[guess]}", second, right)
+    right = int((predicted == labels).sum())
+    _title(figure, "Predictions", f"predicted class and its probability; {right} of these {len(images)} right"
+           + ("" if right == len(images) else ", wrong ones crossed and dashed"))
+    return figure
+
+
+@styled
+def mistakes(images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str],
+             most: int = 25) -> Figure:
+    """The wrong predictions, the most confident first, each with the runner-up and the truth."""
+    images, labels, probabilities = (np.asarray(array) for array in (images, labels, probabilities))
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    wrong = np.flatnonzero(order[:, 0] != labels)
+    wrong = wrong[np.argsort(-probabilities[wrong].max(axis=1), kind="stable")]
+    shown = wrong[:most]
+    if len(shown) == 0:
+        figure = _figure(6, 2.6)
+        figure.text(0.5, 0.6, "✓", fontsize=40, color=RIGHT, ha="center", va="center")
+        figure.text(0.5, 0.3, "No mistakes", fontsize=13, weight="bold", ha="center", va="center")
+        figure.text(0.5, 0.17, f"all {len(labels):,} images are right", color=MUTED, ha="center", va="center")
+        return figure
+
+    figure, cells = _grid(len(shown), columns=5, side=1.25, text_lines=3, subtitle_lines=2)
+    for cell, index in zip(cells, shown, strict=True):
+        first, second = order[index, :2]
+        _picture(cell, images[index], wrong=True)
+        truth = f"is {classes[labels[index]]} ({100 * probabilities[index, labels[index]]:.1f}%)"
+        runner_up = f"then {classes[second]} ({100 * probabilities[index, second]:.1f}%)"
+        _caption(cell, f"✗ {classes[first]} ({100 * probabilities[index, first]:.1f}%)",
+                 f"{runner_up}\n{truth}", right=False)
+    which = "" if len(shown) == len(wrong) else f", the {len(shown)} most confident shown"
+    _title(figure, "Mistakes", f"{len(wrong):,} of {len(labels):,} wrong "
+           f"({_percent(len(wrong), len(labels))}){which}\n"
+           "under each image: prediction, runner-up, truth, with their probabilities")
+    return figure
+
+
+@styled
+def class_scores(labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str]) -> Figure:
+    """Precision, recall and F1 of every class: F1 lies between the other two, so a line joins them.
+
+    A class without images has no scores; without predictions its precision is 0, as scikit-learn has it.
+    """
+    scores = 100 * np.stack(precision_recall_fscore_support(
+        np.asarray(labels), np.asarray(predictions), labels=range(len(classes)), zero_division=0)[:3])
+    support = np.bincount(np.asarray(labels), minlength=len(classes))
+    scores[:, support == 0] = np.nan
+    rows = np.arange(len(classes))
+
+    figure = _figure(8, 1.3 + 0.34 * len(classes))
+    chart, table = figure.subplots(1, 2, sharey=True, width_ratios=(1.4, 1))
+    chart.hlines(rows, scores[:2].min(axis=0), scores[:2].max(axis=0), color=FAINT, linewidth=3, zorder=1)
+    for values, marker in zip(scores[:2], "><", strict=True):
+        chart.scatter(values, rows, marker=marker, s=42, facecolor="white", edgecolor=INK, zorder=2)
+    chart.scatter(scores[2], rows, marker="o", s=34, color=RIGHT, zorder=3)
+    low = np.nanmin(scores, initial=100)
+    low = 0 if low < 50 else np.floor(low - 0.1 * (100 - low) - 0.01)
+    chart.set_xlim(low, 100 + 0.03 * (100 - low))
+    chart.set_ylim(len(classes) - 0.4, -1.4)
+    chart.set_yticks(rows, classes)
+    chart.tick_params(length=0)
+    chart.grid(axis="x", color=PALE, linewidth=1.2)
+    chart.set_axisbelow(True)
+    seaborn.despine(ax=chart, left=True, bottom=True)
+    chart.set_xlabel("percent" if low == 0 else f"percent (the axis starts at {low:g})")
+
+    table.axis("off")
+    for place, name, values in zip((0.27, 0.52, 0.74, 1), ("▷ precision", "◁ recall", "● F1", "images"),
+                                   (*scores, support), strict=True):
+        table.text(place, -1, name, ha="right", va="center", fontsize=8, color=MUTED)
+        for row, value in zip(rows, values, strict=True):
+            text = f"{value:,}" if name == "images" else "–" if np.isnan(value) else f"{value:.2f}"
+            table.text(place, row, text, ha="right", va="center", fontsize=8,
+                       weight="bold" if name == "● F1" else "normal")
+    _title(figure, "Scores of each class", f"mean F1 {np.nanmean(scores[2]):.2f}%")
+    return figure
+
+
+@styled
+def bars(image: ArrayLike, probabilities: ArrayLike, classes: Sequence[str], title: str) -> Figure:
+    """One image, as the model sees it, beside the probabilities of all classes."""
+    probabilities = np.asarray(probabilities)
+    best = int(probabilities.argmax())
+    rows = np.arange(len(classes))
+    figure = _figure(7, max(2.9, 0.9 + 0.21 * len(classes)))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.45))
+    _picture(left, np.asarray(image), wrong=False)
+    left.set_xlabel("as the model sees it", labelpad=6, fontsize=8)
+    colours = [RIGHT if row == best else FAINT for row in rows]
+    right.barh(rows, 100 * probabilities, height=0.72, color=colours)
+    for row, value in zip(rows, 100 * probabilities, strict=True):
+        right.text(value + 1.5, row, f"{value:.1f}%", va="center", fontsize=8,
+                   weight="bold" if row == best else "normal", color=INK if row == best else MUTED)
+    right.set_xlim(0, 116)  # room for the number beside a full bar
+    right.set_ylim(len(classes) - 0.4, -0.6)
+    right.set_yticks(rows, classes)
+    right.get_yticklabels()[best].set_weight("bold")
+    right.set_xticks([])
+    right.tick_params(length=0)
+    seaborn.despine(ax=right, bottom=True)
+    _title(figure, title, f"predicted {classes[best]} with probability {100 * probabilities[best]:.1f}%")
+    return figure
+
+
+@styled
+def performance(numbers: Sequence[tuple[str, str]], throughput: dict[int, float], subtitle: str) -> Figure:
+    """What the model costs: `numbers` as (name, value) lines, `throughput` as {batch size: images/s} bars."""
+    figure = _figure(8, max(2.7, 0.9 + 0.36 * len(numbers)))
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    left.axis("off")
+    left.set(xlim=(0, 1), ylim=(len(numbers) - 0.5, -0.5))
+    for row, (name, value) in enumerate(numbers):
+        left.text(0, row, name, va="center", color=MUTED)
+        left.text(0.94, row, value, va="center", ha="right", weight="bold")
+        if row:
+            left.axhline(row - 0.5, xmax=0.94, color=PALE, linewidth=1)
+    places = np.arange(len(throughput))
+    rates = list(throughput.values())
+    right.bar(places, rates, width=0.6, color=RIGHT)
+    for place, rate in zip(places, rates, strict=True):
+        right.text(place, rate, f"{rate:,.0f}\n", ha="center", va="center", weight="bold", linespacing=1.8)
+    right.set_xticks(places, [f"batch {size:,}" for size in throughput])
+    right.set_yticks([])
+    right.set_ylim(0, 1.15 * max(rates))
+    right.set_title("images per second", fontsize=9, color=MUTED)
+    right.tick_params(length=0)
+    seaborn.despine(ax=right, left=True)
+    _title(figure, "Performance", subtitle)
+    return figure
+
+
+# --------------------------------------------------------------------------------------------- the pieces
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty Figure, inches, that keeps whatever is drawn inside its margins."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure.get_layout_engine().set(w_pad=MARGIN, h_pad=MARGIN / 2)
+    return figure
+
+
+def _grid(count: int, columns: int, side: float, text_lines: int,
+          subtitle_lines: int = 1) -> tuple[Figure, list[Axes]]:
+    """A Figure with `count` pictures of `side` inches, each with room for `text_lines` below it.
+
+    Placed by hand: a layout engine would shrink the pictures to fit the longest caption.
+    """
+    columns = max(1, min(columns, count))
+    rows = max(1, -(-count // columns))
+    step, drop = 1.28 * side, side + 0.17 * text_lines + 0.12
+    width = max(5, columns * step - 0.28 * side + 2 * MARGIN)
+    height = _title_height(subtitle_lines) + rows * drop
+    figure = Figure(figsize=(width, height), dpi=DPI)
+    cells = []
+    for index in range(count):
+        row, column = divmod(index, columns)
+        bottom = height - _title_height(subtitle_lines) - row * drop - side
+        left = MARGIN + column * step
+        cells.append(figure.add_axes((left / width, bottom / height, side / width, side / height)))
+    return figure, cells
+
+
+def _picture(axes: Axes, image: np.ndarray, wrong: bool) -> None:
+    """Draw one (C, H, W) image, framed; the frame of a wrong one is dashed."""
+    grey = image.shape[0] == 1
+    axes.imshow(image[0] if grey else image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255,
+                interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set(edgecolor=WRONG if wrong else FAINT, linewidth=2 if wrong else 0.8,
+                  linestyle=(0, (3, 2)) if wrong else "-")
+
+
+def _caption(axes: Axes, first: str, rest: str, right: bool) -> None:
+    """Write below a picture: the prediction in bold, then smaller what there is to know about it."""
+    place = {"xy": (0.5, 0), "xycoords": "axes fraction", "textcoords": "offset points", "ha": "center",
+             "va": "top"}
+    axes.annotate(first, xytext=(0, -5), weight="bold", fontsize=9, color=INK if right else WRONG, **place)
+    axes.annotate(rest, xytext=(0, -17), fontsize=7.5, linespacing=1.35, color=MUTED if right else INK, **place)
+
+
+def _title_height(subtitle_lines: int) -> float:
+    return 0.5 + 0.17 * subtitle_lines
+
+
+def _title(figure: Figure, title: str, subtitle: str) -> None:
+    """A bold title with a quiet line or two below it, in a strip kept free of axes."""
+    width, height = figure.get_size_inches()
+    figure.text(MARGIN / width, 1 - 0.12 / height, title, weight="bold", fontsize=13, va="top",
+                parse_math=False)  # a file name may hold a $
+    figure.text(MARGIN / width, 1 - 0.38 / height, subtitle, color=MUTED, fontsize=8.5, va="top",
+                linespacing=1.4, parse_math=False)
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(rect=(0, 0, 1, 1 - _title_height(subtitle.count("\n") + 1) / height))
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / max(whole, 1):.2f}%"

@@ -1,0 +1,220 @@
+"""Vision Mamba 2: SelectiveScan → MambaBlock → VisionMamba2, readable beside the paper.
+
+Run it to check this machine: ``python mamba_ssm_simple.py`` builds the model, compares every scan
+implementation available here with the reference, and times them.
+
+Mamba: Linear-Time Sequence Modeling with Selective State Spaces, Gu and Dao, arXiv 2312.00752.
+Vision Mamba, Zhu et al., arXiv 2401.09417 (both directions in one block).
+
+Letters, here and everywhere:
+    b  batch        sequences in a batch (for scan="row": images × rows)
+    l  length       tokens in a sequence
+    d  d_model      width of the residual stream
+    e  d_inner      channels inside the mixer, expand · d_model
+    n  d_state      states per channel
+    r  dt_rank      rank of the projection to Δ
+    w  d_conv       taps of the causal depthwise convolution
+    Δ  delta        step size, after softplus (dt in the official parameter names)
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from selective_scan import selective_scan
+
+DIRECTIONS = ("right", "down", "left", "up")
+SCANS = ("row", "raster", "cross")
+
+
+class StateSpace(nn.Module):
+    """One direction of the mixer: causal convolution, then the selective scan with its gate.
+
+    Everything between in_proj and out_proj in Figure 3 of the paper. Δ, B and C depend on the input:
+    that is the selection (Algorithm 2).
+    """
+
+    def __init__(self, d_inner: int, d_state: int, d_conv: int, dt_rank: int, dt_min: float, dt_max: float,
+                 dt_init_floor: float, conv_bias: bool):
+        super().__init__()
+        self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias)
+        self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(dt_rank, d_inner, bias=True)
+        nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
+        # The bias makes softplus(bias) log-uniform in [dt_min, dt_max] (section 3.6).
+        dt = torch.exp(torch.rand(d_inner) * math.log(dt_max / dt_min) + math.log(dt_min))
+        dt = dt.clamp(min=dt_init_floor)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+        # S4D-real: A = −1, −2, …, −n in every channel; stored as a logarithm, so that A stays negative.
+        self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
+        self.D = nn.Parameter(torch.ones(d_inner))
+
+    def mix(self, x: Tensor, z: Tensor) -> Tensor:
+        """x and gate z (b, l, e) → (b, l, e)."""
+        x = F.silu(causal_conv(x, self.conv1d.weight, self.conv1d.bias))
+        e, n = self.A_log.shape
+        delta, B, C = self.x_proj(x).split([self.dt_proj.in_features, n, n], dim=-1)  # (b, l, r), 2 × (b, l, n)
+        delta = F.linear(delta, self.dt_proj.weight)                                  # (b, l, e)
+        A = -torch.exp(self.A_log.float())                                            # (e, n)
+        return selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True)
+
+
+class SelectiveScan(StateSpace):
+    """The Mamba (S6) mixer of arXiv 2312.00752, section 3: (b, l, d) → (b, l, d).
+
+    Parameter names, shapes and initialisation are the official `Mamba` module's, so that a state_dict goes
+    either way with ``strict=True`` (for ``bidirectional=False``).
+
+    Args:
+        d_model: width d of input and output.
+        d_state: states n per channel.
+        d_conv: taps w of the causal depthwise convolution.
+        expand: d_inner = expand · d_model.
+        dt_rank: rank r of the projection to Δ; "auto" is ⌈d_model / 16⌉.
+        dt_min, dt_max, dt_init_floor: the range of Δ at initialisation, in steps.
+        conv_bias, bias: whether the convolution, and the two projections, have a bias.
+        bidirectional: a second `StateSpace` reads the sequence backwards between the same two projections
+            (arXiv 2401.09417, Algorithm 1). The two are averaged, where Vim sums them: sums grow with depth
+            and are what drives half precision to NaN.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2,
+                 dt_rank: int | str = "auto", dt_min: float = 0.001, dt_max: float = 0.1,
+                 dt_init_floor: float = 1e-4, conv_bias: bool = True, bias: bool = False,
+                 bidirectional: bool = False):
+        d_inner = expand * d_model
+        rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        direction = (d_inner, d_state, d_conv, rank, dt_min, dt_max, dt_init_floor, conv_bias)
+        super().__init__(*direction)
+        self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=bias)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias)
+        self.backward_direction = StateSpace(*direction) if bidirectional else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, l, d) → (b, l, d), any length ≥ 1."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)                                       # 2 × (b, l, e)
+        y = self.mix(x, z)
+        if self.backward_direction is not None:
+            y = (y + self.backward_direction.mix(x.flip(1), z.flip(1)).flip(1)) / 2
+        return self.out_proj(y)
+
+
+class MambaBlock(nn.Module):
+    """x + SelectiveScan(LayerNorm(x)) on a feature map (b, height, width, d); 2-D to 1-D and back.
+
+    Args:
+        d_model: channels of the feature map.
+        scan: "row", each row its own sequence, left to right; "raster", one sequence of height · width
+            tokens, row by row; "cross", one sequence in the direction that `index` gives.
+        index: the block's place in the network; with "cross", successive blocks go right, down, left, up,
+            so that after four of them every token has seen the whole image, at the price of one direction
+            a block.
+        d_state, d_conv, expand, bidirectional: see `SelectiveScan`.
+
+    Raises:
+        ValueError: an unknown scan.
+    """
+
+    def __init__(self, d_model: int, scan: str = "row", index: int = 0, d_state: int = 16, d_conv: int = 4,
+                 expand: int = 2, bidirectional: bool = False):
+        super().__init__()
+        if scan not in SCANS:
+            raise ValueError(f"scan must be one of {', '.join(SCANS)}, but is {scan!r}")
+        self.rows = scan == "row"
+        self.direction = DIRECTIONS[index % 4] if scan == "cross" else "right"
+        self.norm = nn.LayerNorm(d_model)
+        self.mixer = SelectiveScan(d_model, d_state, d_conv, expand, bidirectional=bidirectional)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, height, width, d) → the same shape."""
+        sequence = to_sequence(self.norm(x), self.direction, self.rows)
+        return x + to_map(self.mixer(sequence), self.direction, x.shape)
+
+
+class VisionMamba2(nn.Module):
+    """An image classifier: convolutions down to a token grid, Mamba blocks, a head on the mean token.
+
+    No size of image is fixed in the weights: any height and width work, at training and afterwards.
+
+    Args:
+        num_classes: classes K.
+        d_model: width d of the tokens.
+        num_blocks: number of `MambaBlock`s.
+        in_channels: channels of the image.
+        patch_size: pixels along a token's side, a power of two: each factor of two is a 3×3 convolution of
+            stride 2; with 1 every pixel is a token and no convolution mixes pixels.
+        scan, d_state, d_conv, expand, bidirectional: see `MambaBlock`.
+
+    Raises:
+        ValueError: a patch_size that is not a power of two.
+    """
+
+    def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
+                 patch_size: int = 4, scan: str = "cross", d_state: int = 16, d_conv: int = 4, expand: int = 2,
+                 bidirectional: bool = False):
+        super().__init__()
+        self.stem = stem(in_channels, d_model, patch_size)
+        self.blocks = nn.ModuleList(
+            MambaBlock(d_model, scan, index, d_state, d_conv, expand, bidirectional)
+            for index in range(num_blocks))
+        self.norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, num_classes)
+        # Residual branches start small, so that depth does not change the scale of the sum (GPT-2, §2.3).
+        with torch.no_grad():
+            for block in self.blocks:
+                block.mixer.out_proj.weight /= math.sqrt(num_blocks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, in_channels, height, width) → logits (b, K)."""
+        x = self.stem(images).permute(0, 2, 3, 1)                                     # (b, height, width, d)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(dim=(1, 2)))
+
+
+def stem(in_channels: int, d_model: int, patch_size: int) -> nn.Sequential:
+    """Image (b, in_channels, height, width) → tokens (b, d, ⌈height/patch⌉, ⌈width/patch⌉)."""
+    halvings = patch_size.bit_length() - 1
+    if patch_size < 1 or patch_size != 2**halvings:
+        raise ValueError(f"patch_size must be a power of two, but is {patch_size}")
+    if halvings == 0:
+        return nn.Sequential(nn.Conv2d(in_channels, d_model, 1))
+    widths = [in_channels, *(d_model >> (halvings - i) for i in range(1, halvings + 1))]
+    layers: list[nn.Module] = []
+    for before, after in zip(widths, widths[1:], strict=False):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU()]
+    return nn.Sequential(*layers)
+
+
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Depthwise convolution over the present and the w−1 tokens before: (b, l, e) → (b, l, e).
+
+    Written as a channels-last 2-D convolution of height 1: PyTorch's 1-D convolution would transpose.
+    """
+    taps = weight.shape[-1]
+    image = x.transpose(1, 2).unsqueeze(2)                                            # (b, e, 1, l)
+    image = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, taps - 1), groups=weight.shape[0])
+    return image[..., :x.shape[1]].squeeze(2).transpose(1, 2)
+
+
+def to_sequence(x: Tensor, direction: str, rows: bool = False) -> Tensor:
+    """Feature map (b, height, width, d) → sequences (b, height · width, d), or (b · height, width, d) by rows."""
+    if direction in ("down", "up"):
+        x = x.transpose(1, 2)
+    x = x.flatten(0, 1) if rows else x.flatten(1, 2)
+    return x.flip(1) if direction in ("left", "up") else x
+
+
+def to_map(x: Tensor, direction: str, shape: torch.Size) -> Tensor:
+    """The inverse of `to_sequence` for a feature map of `shape` (b, height, width, d)."""
+    b, height, width, d = shape
+    if direction in ("left", "up"):
+        x = x.flip(1)
+    if direction in ("down", "up"):
+        return x.reshape(b, width, height, d).transpose(1, 2)
+    return x.reshape(b, height, width, d)

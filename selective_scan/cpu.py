@@ -1,0 +1,356 @@
+"""The selective scan on the CPU: Numba kernels, no compiler needed.
+
+One task is a slice of the batch times a block of channels; tasks run on PyTorch's number of
+threads and share nothing, so results do not depend on that number. Inside a task time is sequential
+and channels are innermost, where LLVM turns them into SIMD lanes; the states of one block stay in
+the first-level cache. The backward recomputes the states of CHUNK steps at a time from checkpoints.
+
+States and all arithmetic are float32. `np.exp` is a scalar call in PyPI's Numba, so exponential and
+softplus are written out as polynomials, accurate to about one unit in the last place.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+CHUNK = 8        # steps between state checkpoints: 2 · 8 · 16 · 256 floats of scratch fit a second-level cache
+BLOCK = 256      # channels of one task: 16 states of 256 floats and their A fit a 48 KB first-level cache
+SLICES = 32      # slices of the batch; fixed, so that sums over the batch have one order whatever the threads
+
+LOG2_E = np.float32(1.4426950408889634)
+LN_2 = np.float32(0.6931471805599453)
+
+# NaN and infinity keep their meaning; only the order of sums and fused multiply-adds are left to LLVM.
+FAST = {"contract", "reassoc", "nsz", "arcp"}
+kernel = njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True, boundscheck=False)
+
+
+@njit(fastmath=FAST, error_model="numpy", inline="always")
+def exp2(x):
+    """2^x for float32, clamped to the normal range; minimax polynomial on [−½, ½]."""
+    x = max(min(x, np.float32(127.0)), np.float32(-126.0))
+    biased = np.int32(x + np.float32(127.5))  # rounds to the nearest exponent; positive, so truncation is floor
+    f = x - np.float32(biased - np.int32(127))
+    p = np.float32(1.5353362e-4)
+    p = p * f + np.float32(1.3398874e-3)
+    p = p * f + np.float32(9.6184373e-3)
+    p = p * f + np.float32(5.5503324e-2)
+    p = p * f + np.float32(2.4022647e-1)
+    p = p * f + np.float32(6.9314720e-1)
+    p = p * f + np.float32(1.0)
+    return p * np.int32(biased << np.int32(23)).view(np.float32)
+
+
+@njit(fastmath=FAST, error_model="numpy", inline="always")
+def sigmoid(x):
+    return np.float32(1.0) / (np.float32(1.0) + exp2(-x * LOG2_E))
+
+
+@njit(fastmath=FAST, error_model="numpy", inline="always")
+def softplus(x):
+    """log(1 + e^x) = max(x, 0) + log1p(y), y = e^−|x|; log1p(y) = 2 artanh(y / (2 + y)), small by its series."""
+    y = exp2(-abs(x) * LOG2_E)
+    s = y / (np.float32(2.0) + y)  # at most ⅓, so eight terms reach float32
+    q = s * s
+    p = np.float32(1 / 15)
+    p = p * q + np.float32(1 / 13)
+    p = p * q + np.float32(1 / 11)
+    p = p * q + np.float32(1 / 9)
+    p = p * q + np.float32(1 / 7)
+    p = p * q + np.float32(1 / 5)
+    p = p * q + np.float32(1 / 3)
+    p = p * q + np.float32(1.0)
+    return max(x, np.float32(0.0)) + np.float32(2.0) * s * p
+
+
+@kernel
+def step_sizes(delta, bias, with_softplus, dt, slope):
+    """Δ of one step, and its derivative by what came in: bias added, softplus taken."""
+    if with_softplus:
+        for i in range(dt.size):
+            raw = delta[i] + bias[i]
+            dt[i] = softplus(raw)
+            slope[i] = sigmoid(raw)
+    else:
+        for i in range(dt.size):
+            dt[i] = delta[i] + bias[i]
+            slope[i] = np.float32(1.0)
+
+
+@kernel
+def forward_task(first, last, channel, length, chunk, save, strides, u, delta, A2, B, C, D, z, bias, with_softplus,
+                 out, last_state, checkpoints):
+    """Forward of batch items first..last−1 and the A2.shape[1] channels from `channel` on."""
+    n, width = A2.shape
+    h = np.empty((n, width), np.float32)
+    dt = np.empty(width, np.float32)
+    slope = np.empty(width, np.float32)
+    du = np.empty(width, np.float32)
+    y = np.empty(width, np.float32)
+    for b in range(first, last):
+        h[:] = np.float32(0.0)
+        for t in range(length):
+            if save and t > 0 and t % chunk == 0:
+                checkpoints[b, t // chunk - 1, :, channel:channel + width] = h
+            at = b * strides[0, 0] + t * strides[0, 1] + channel
+            u_t = u[at:at + width]
+            at = b * strides[1, 0] + t * strides[1, 1] + channel
+            step_sizes(delta[at:at + width], bias, with_softplus, dt, slope)
+            for i in range(width):
+                du[i] = dt[i] * u_t[i]
+                y[i] = D[i] * u_t[i]
+            at_B = b * strides[2, 0] + t * strides[2, 1]
+            at_C = b * strides[3, 0] + t * strides[3, 1]
+            for s in range(n):
+                b_s, c_s = B[at_B + s], C[at_C + s]
+                h_s, a_s = h[s], A2[s]
+                for i in range(width):
+                    value = exp2(dt[i] * a_s[i]) * h_s[i] + du[i] * b_s
+                    h_s[i] = value
+                    y[i] += c_s * value
+            out_t = out[b, t, channel:channel + width]
+            if z.size > 0:
+                at = b * strides[4, 0] + t * strides[4, 1] + channel
+                z_t = z[at:at + width]
+                for i in range(width):
+                    out_t[i] = y[i] * z_t[i] * sigmoid(z_t[i])
+            else:
+                for i in range(width):
+                    out_t[i] = y[i]
+        last_state[b, :, channel:channel + width] = h
+
+
+@kernel
+def backward_task(first, last, channel, length, chunk, strides, u, delta, A2, B, C, D, z, bias, with_softplus,
+                  checkpoints, dout, dlast_state, du, ddelta, dA, dB, dC, dD, dz, dbias):
+    """Backward of batch items first..last−1 and the A2.shape[1] channels from `channel` on.
+
+    dA, dD and dbias are this task's own sums over the batch; dB and dC this block's own sums over channels.
+    With g_t = ∂loss/∂h_t = C_t ∂y_t + exp(Δ_{t+1} A) g_{t+1}:
+    ∂B_t = Σ_e g_t Δ_t u_t,  ∂C_t = Σ_e h_t ∂y_t,  ∂(Δ_t A) = g_t exp(Δ_t A) h_{t−1},  ∂(Δ_t u_t) = Σ_n g_t B_t.
+    """
+    n, width = A2.shape
+    g = np.empty((n, width), np.float32)
+    hs = np.empty((chunk + 1, n, width), np.float32)     # h_{t−1} and h_t of every step of one chunk
+    decays = np.empty((chunk, n, width), np.float32)
+    dts = np.empty((chunk, width), np.float32)
+    slopes = np.empty((chunk, width), np.float32)        # ∂Δ / ∂(what came in)
+    inputs = np.empty((chunk, width), np.float32)        # Δ u
+    ys = np.empty((chunk, width), np.float32)
+    dy = np.empty(width, np.float32)
+    d_input = np.empty(width, np.float32)
+    d_step = np.empty(width, np.float32)
+    for b in range(first, last):
+        g[:] = dlast_state[b, :, channel:channel + width]
+        for k0 in range((length - 1) // chunk * chunk, -1, -chunk):
+            steps = min(chunk, length - k0)
+            if k0 > 0:
+                hs[0] = checkpoints[b, k0 // chunk - 1, :, channel:channel + width]
+            else:
+                hs[0] = np.float32(0.0)
+            for k in range(steps):
+                t = k0 + k
+                at = b * strides[0, 0] + t * strides[0, 1] + channel
+                u_t = u[at:at + width]
+                at = b * strides[1, 0] + t * strides[1, 1] + channel
+                dt, slope, x, y = dts[k], slopes[k], inputs[k], ys[k]
+                step_sizes(delta[at:at + width], bias, with_softplus, dt, slope)
+                for i in range(width):
+                    x[i] = dt[i] * u_t[i]
+                    y[i] = D[i] * u_t[i]
+                at_B = b * strides[2, 0] + t * strides[2, 1]
+                at_C = b * strides[3, 0] + t * strides[3, 1]
+                for s in range(n):
+                    b_s, c_s = B[at_B + s], C[at_C + s]
+                    before, after, decay, a_s = hs[k, s], hs[k + 1, s], decays[k, s], A2[s]
+                    for i in range(width):
+                        d = exp2(dt[i] * a_s[i])
+                        value = d * before[i] + x[i] * b_s
+                        decay[i] = d
+                        after[i] = value
+                        y[i] += c_s * value
+            for k in range(steps - 1, -1, -1):
+                t = k0 + k
+                at = b * strides[0, 0] + t * strides[0, 1] + channel
+                u_t = u[at:at + width]
+                dt, slope, x, y = dts[k], slopes[k], inputs[k], ys[k]
+                dout_t = dout[b, t, channel:channel + width]
+                if z.size > 0:
+                    at = b * strides[4, 0] + t * strides[4, 1] + channel
+                    z_t = z[at:at + width]
+                    dz_t = dz[b, t, channel:channel + width]
+                    for i in range(width):
+                        gate = sigmoid(z_t[i])
+                        silu = z_t[i] * gate
+                        dy[i] = dout_t[i] * silu
+                        dz_t[i] = dout_t[i] * y[i] * (gate + silu * (np.float32(1.0) - gate))
+                else:
+                    dy[:] = dout_t
+                d_input[:] = np.float32(0.0)
+                d_step[:] = np.float32(0.0)
+                at_B = b * strides[2, 0] + t * strides[2, 1]
+                at_C = b * strides[3, 0] + t * strides[3, 1]
+                for s in range(n):
+                    b_s, c_s = B[at_B + s], C[at_C + s]
+                    g_s, before, after = g[s], hs[k, s], hs[k + 1, s]
+                    decay, a_s, dA_s = decays[k, s], A2[s], dA[s]
+                    d_b = np.float32(0.0)
+                    d_c = np.float32(0.0)
+                    for i in range(width):
+                        g_i = g_s[i] + dy[i] * c_s
+                        d_c += dy[i] * after[i]
+                        d_b += g_i * x[i]
+                        d_input[i] += g_i * b_s
+                        carried = g_i * decay[i]
+                        g_s[i] = carried
+                        d_exponent = carried * before[i]
+                        d_step[i] += d_exponent * a_s[i]
+                        dA_s[i] += d_exponent * dt[i]
+                    dB[b, t, s] = d_b
+                    dC[b, t, s] = d_c
+                du_t = du[b, t, channel:channel + width]
+                ddelta_t = ddelta[b, t, channel:channel + width]
+                for i in range(width):
+                    du_t[i] = d_input[i] * dt[i] + dy[i] * D[i]
+                    d_delta = (d_input[i] * u_t[i] + d_step[i] * LN_2) * slope[i]
+                    ddelta_t[i] = d_delta
+                    dD[i] += dy[i] * u_t[i]
+                    dbias[i] += d_delta
+
+
+def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+            delta_bias: Tensor | None, delta_softplus: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (b, l, e) in u's dtype, last state (b, n, e) and checkpoints (b, (l−1)/CHUNK, n, e), float32."""
+    b, l, e = u.shape
+    n = A.shape[1]
+    inputs, strides = _sequences(u, delta, B, C, z)
+    weights = _weights(A, D, delta_bias)
+    out = torch.empty(b, l, e)
+    last_state = torch.empty(b, n, e)
+    checkpoints = torch.empty(b, (l - 1) // CHUNK if save else 0, n, e)
+    results = [tensor.numpy() for tensor in (out, last_state, checkpoints)]
+
+    def task(items: range, channels: slice) -> None:
+        u, delta, B, C, z = inputs
+        A2, D, bias = (weight[..., channels] for weight in weights)
+        forward_task(items.start, items.stop, channels.start, l, CHUNK, save, strides, u, delta,
+                     np.ascontiguousarray(A2), B, C, D, z, bias, delta_softplus, *results)
+
+    _run([(task, items, channels) for _, items in _slices(b) for _, channels in _blocks(e)])
+    return out.to(u.dtype), last_state, checkpoints
+
+
+def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+             C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
+             checkpoints: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of u, delta, A, B, C, D, z, delta_bias; float32, or None where there was no input."""
+    b, l, e = u.shape
+    n = A.shape[1]
+    inputs, strides = _sequences(u, delta, B, C, z)
+    weights = _weights(A, D, delta_bias)
+    slices, blocks = _slices(b), _blocks(e)
+    if dlast_state is None:
+        dlast_state = torch.zeros(b, n, e)
+    given = [tensor.float().contiguous().numpy() for tensor in (checkpoints, dout, dlast_state)]
+    du, ddelta = torch.empty(b, l, e), torch.empty(b, l, e)
+    dz = torch.empty(b, l, e) if z is not None else None
+    # Sums over channels are kept for each block, sums over the batch for each slice, then added in that order.
+    dB, dC = torch.empty(len(blocks), b, l, n), torch.empty(len(blocks), b, l, n)
+    dA = torch.zeros(len(slices), n, e)
+    dD, dbias = torch.zeros(2, len(slices), e)
+
+    def task(slice_index: int, items: range, block_index: int, channels: slice) -> None:
+        u, delta, B, C, z = inputs
+        A2, D, bias = (weight[..., channels] for weight in weights)
+        own_dA = np.zeros(A2.shape, np.float32)
+        backward_task(items.start, items.stop, channels.start, l, CHUNK, strides, u, delta,
+                      np.ascontiguousarray(A2), B, C, D, z, bias, delta_softplus, *given,
+                      du.numpy(), ddelta.numpy(), own_dA, dB[block_index].numpy(), dC[block_index].numpy(),
+                      dD[slice_index, channels].numpy(), NOTHING_3D if dz is None else dz.numpy(),
+                      dbias[slice_index, channels].numpy())
+        dA[slice_index, :, channels] = torch.from_numpy(own_dA)
+
+    _run([(task, i, items, j, channels) for i, items in slices for j, channels in blocks])
+    return (du, ddelta, dA.sum(0).T, dB.sum(0) if len(blocks) > 1 else dB[0],
+            dC.sum(0) if len(blocks) > 1 else dC[0],
+            None if D is None else dD.sum(0), dz, None if delta_bias is None else dbias.sum(0))
+
+
+NOTHING = np.empty(0, np.float32)
+NOTHING_3D = np.empty((0, 0, 0), np.float32)
+
+
+def _sequences(*tensors: Tensor | None) -> tuple[list[np.ndarray], np.ndarray]:
+    """The inputs (b, l, ·) as flat arrays with their strides over batch and time, copied only where needed.
+
+    Slices of a linear layer's output have rows apart; as flat arrays with explicit strides they need no copy,
+    and LLVM still knows that channels are adjacent.
+    """
+    arrays, strides = [], []
+    for tensor in tensors:
+        if tensor is None:
+            arrays.append(NOTHING)
+            strides.append((0, 0))
+            continue
+        tensor = tensor.detach().float()
+        if tensor.stride(2) != 1 or min(tensor.stride()) < 0:
+            tensor = tensor.contiguous()
+        b, l, channels = tensor.shape
+        size = (b - 1) * tensor.stride(0) + (l - 1) * tensor.stride(1) + channels
+        arrays.append(tensor.as_strided((size,), (1,)).numpy())
+        strides.append(tensor.stride()[:2])
+    return arrays, np.array(strides, np.int64)
+
+
+def _weights(A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> list[np.ndarray]:
+    """A·log₂e as (n, e), D and Δ bias as (e,), zero where absent: what the kernels read."""
+    A2 = (A.detach().float() * float(LOG2_E)).T.contiguous()
+    zeros = torch.zeros(A.shape[0])
+    return [A2.numpy(), *((zeros if weight is None else weight.detach().float().contiguous()).numpy()
+                          for weight in (D, delta_bias))]
+
+
+def _slices(batch: int) -> list[tuple[int, range]]:
+    size = -(-batch // SLICES)
+    return list(enumerate(range(i, min(i + size, batch)) for i in range(0, batch, size)))
+
+
+def _blocks(channels: int) -> list[tuple[int, slice]]:
+    return list(enumerate(slice(i, min(i + BLOCK, channels)) for i in range(0, channels, BLOCK)))
+
+
+def _run(tasks: list[tuple]) -> None:
+    """Run tasks (function, *arguments) on this thread and PyTorch's number of threads less one."""
+    queue = deque(tasks)
+
+    def work() -> None:
+        while True:
+            try:
+                function, *arguments = queue.popleft()
+            except IndexError:
+                return
+            function(*arguments)
+
+    helpers = min(torch.get_num_threads(), len(tasks)) - 1
+    futures = [_pool(torch.get_num_threads()).submit(work) for _ in range(helpers)]
+    work()
+    for future in futures:
+        future.result()
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="selective_scan")
+
+
+# A forked child inherits the pool but not its threads, and would wait for them forever.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
