@@ -73,13 +73,14 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     return contents
 
 
-def newest(folder: Path) -> Path:
-    """The checkpoint in `folder` changed last; the best of a run before its `.last.pt`.
+def newest(folder: Path, unfinished: bool = False) -> Path:
+    """The checkpoint in `folder` changed last: the best of a run, or (`unfinished`) the last, to go on from.
 
     Raises UserError where there is none.
     """
-    found = [path for path in Path(folder).glob("*.pt") if not path.name.startswith(".")]
-    best = [path for path in found if not path.name.endswith(".last.pt")]
+    found = [path for path in Path(folder).glob("*.pt")
+             if path.name.endswith(".last.pt") == unfinished and not path.name.startswith(".")]
     if not found:
-        raise UserError(f"no checkpoint in {folder}; train one with: python train_mamba.py")
-    return max(best or found, key=lambda path: path.stat().st_mtime)
+        raise UserError(f"no {'.last.pt' if unfinished else '.pt'} checkpoint in {folder}; "
+                        "train one with: python train_mamba.py")
+    return max(found, key=lambda path: path.stat().st_mtime)

@@ -51,8 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                         help="auto is CUDA where there is one, else the CPU")
     parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", default=argparse.SUPPRESS,
-                        help="classify your own pictures of one digit on a plain background: any size, colour "
-                             "or grey, dark on light or light on dark (default: none)")
+                        help="classify your own pictures of one digit on a plain background: any size, grey "
+                             "or colour, dark on light or light on dark (default: none)")
     parser.add_argument("--interactive", action="store_true",
                         help="ask for test image numbers and picture files, and answer in the terminal")
     parser.add_argument("--no-show", action="store_true", help="open no windows, only write the files")
@@ -156,8 +156,9 @@ def test(demo: Demo) -> list[Path]:
     performance = "\n".join([f"{title}, PyTorch {torch.__version__}", "",
                              *(f"{name:<32}{value:>20}" for name, value in numbers), "", PERFORMANCE_NOTES])
 
+    accuracy = f"{100 * right / len(labels):.2f}% ({right:,} of {len(labels):,} {demo.dataset_name} images)"
     summary = [
-        f"test accuracy {100 * right / len(labels):.2f}% ({right:,} of {len(labels):,} {demo.dataset_name} images)",
+        f"test accuracy {accuracy}",
         f"{demo.path} ({demo.architecture}, epoch {demo.epoch}) on {report['device']}",
         "",
         f"{'class':<12}{'precision':>10}{'recall':>10}{'F1':>10}{'images':>10}",
@@ -410,7 +411,7 @@ def printable(name: Path | str) -> str:
 
 
 def show(paths: list[Path]) -> None:
-    """Open the pictures in windows where there is a screen and someone before it; wait till they are closed."""
+    """Open the pictures in windows where there is a screen; wait till they are closed."""
     screen = sys.platform in ("win32", "darwin") or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
     if not (screen and sys.stdout.isatty()):
         return

@@ -8,25 +8,27 @@
 
 from __future__ import annotations
 
+import platform
 import statistics
 import sys
 import time
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import data
 from errors import UserError
-from mamba_ssm_simple import VisionMamba2
+from mamba_ssm_simple import StateSpace, VisionMamba2
 
 ARCHITECTURES = {"mamba": VisionMamba2}
 SECONDS = 2.0  # how long one batch size is timed
 
 
 def pick_device(name: str) -> torch.device:
-    """The device `name`; "auto" is CUDA where there is one, else the CPU. Raises UserError for a missing one."""
+    """The device `name`; "auto" is CUDA where there is one, else the CPU. Raises UserError if missing."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -37,6 +39,12 @@ def pick_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise UserError(f"there is no device {name!r}; choose auto, cpu, cuda or mps") from error
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type.upper()} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def rebuild(checkpoint: dict, device: torch.device | str) -> nn.Module:
@@ -154,3 +162,27 @@ def _peak_memory(device: torch.device) -> tuple[float | None, str]:
         return None, "the whole process"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
     return peak / (2**20 if sys.platform == "darwin" else 2**10), "the whole process"
+
+
+@torch.inference_mode()
+def record_deltas(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Step sizes Δ of each state space of `model` on normalised `images`, a list of (b, l, e) float32.
+
+    Recorded from outside by hooks that are removed again; a model without a scan gives an empty list.
+    """
+    deltas, hooks = [], []
+
+    def hook(state_space: StateSpace):
+        def record(_, __, projected: Tensor) -> None:
+            dt_proj = state_space.dt_proj
+            delta = F.linear(projected[..., :dt_proj.in_features], dt_proj.weight, dt_proj.bias)
+            deltas.append(F.softplus(delta.float()))
+        return state_space.x_proj.register_forward_hook(record)
+
+    try:
+        hooks = [hook(module) for module in model.modules() if isinstance(module, StateSpace)]
+        model(images)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return deltas

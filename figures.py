@@ -299,7 +299,8 @@ def _caption(axes: Axes, first: str, rest: str, right: bool) -> None:
     place = {"xy": (0.5, 0), "xycoords": "axes fraction", "textcoords": "offset points", "ha": "center",
              "va": "top"}
     axes.annotate(first, xytext=(0, -5), weight="bold", fontsize=9, color=INK if right else WRONG, **place)
-    axes.annotate(rest, xytext=(0, -17), fontsize=7.5, linespacing=1.35, color=MUTED if right else INK, **place)
+    axes.annotate(rest, xytext=(0, -17), fontsize=7.5, color=MUTED if right else INK, linespacing=1.35,
+                  **place)
 
 
 def _title_height(subtitle_lines: int) -> float:

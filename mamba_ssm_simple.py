@@ -218,3 +218,11 @@ def to_map(x: Tensor, direction: str, shape: torch.Size) -> Tensor:
     if direction in ("down", "up"):
         return x.reshape(b, width, height, d).transpose(1, 2)
     return x.reshape(b, height, width, d)
+
+
+if __name__ == "__main__":
+    import sys
+
+    import self_check
+
+    sys.exit(self_check.main())

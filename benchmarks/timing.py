@@ -1,0 +1,115 @@
+"""Fair times: functions run in turn in one process, medians of several, the machine named.
+
+    times = interleave({"ours": f, "theirs": g}, repeats=7, device=torch.device("cpu"))
+    median(times["ours"]), spread(times["ours"]), ratio(times["theirs"], times["ours"])
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SAMPLE_SECONDS = 0.02   # a sample of a faster function is the mean of as many calls as take this long
+MOST_CALLS = 1000
+
+
+def interleave(functions: dict[str, Callable[[], object]], repeats: int,
+               device: torch.device) -> dict[str, list[float]]:
+    """Seconds of a call of each function, `repeats` samples each, taken in turn: A B C A B C …
+
+    What else the machine does meanwhile then meets all of them, and sample i of one belongs to sample i of
+    another. Before that each is called twice: the first call compiles, the second says how long one takes.
+    """
+    calls = {}
+    for name, function in functions.items():
+        function()
+        calls[name] = min(MOST_CALLS, max(1, math.ceil(SAMPLE_SECONDS / _seconds(function, 1, device))))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(repeats):
+        for name, function in functions.items():
+            times[name].append(_seconds(function, calls[name], device))
+    return times
+
+
+def _seconds(function: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Mean seconds of `calls` calls, by CUDA events on a GPU and by the clock elsewhere."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(calls):
+            function()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / calls
+    begun = time.perf_counter()
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - begun) / calls
+
+
+def median(samples: list[float]) -> float:
+    return statistics.median(samples)
+
+
+def spread(samples: list[float]) -> float:
+    """(slowest − fastest) / median: the most that two runs of this benchmark could disagree."""
+    return (max(samples) - min(samples)) / median(samples)
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    """How many times faster ours is: the median over pairs of samples taken one after the other."""
+    return median([a / b for a, b in zip(theirs, ours, strict=True)])
+
+
+def machine(device: torch.device) -> dict:
+    """What a time depends on: the chip, cores and threads, versions, and how busy the machine was."""
+    facts = {
+        "device": str(device),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numba": version("numba"),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+    }
+    if device.type == "cuda":
+        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda,
+                  "triton": version("triton")}
+    return facts
+
+
+def machine_line(device: torch.device) -> str:
+    """`machine` in one line for people."""
+    facts = machine(device)
+    chip = facts["gpu"] if device.type == "cuda" else f"{facts['cpu']}, {facts['cores']} cores"
+    libraries = ", ".join(f"{name} {facts[key]}" for name, key in
+                          (("PyTorch", "torch"), ("Numba", "numba"), ("Triton", "triton")) if facts.get(key))
+    return f"{chip}, {facts['threads']} threads; {libraries}; Python {facts['python']}, {facts['system']}"
+
+
+def cpu_name() -> str:
+    """The CPU's model, as Linux or Python names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name") and ":" in line]
+    return models[0] if models else platform.processor() or platform.machine()
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

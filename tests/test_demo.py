@@ -1,0 +1,267 @@
+"""demo_mamba.py: called as a user calls it, and prepare_picture on pictures as users have them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import checkpoint
+import data
+import evaluate
+from demo_mamba import picture_names, prepare_picture
+from errors import UserError
+from mamba_ssm_simple import VisionMamba2
+
+ROOT = Path(__file__).parent.parent
+CONFIG = {"num_classes": 10, "d_model": 16, "num_blocks": 1, "in_channels": 1, "patch_size": 2, "d_state": 4}
+WRITTEN = {"confusion.png", "predictions.png", "mistakes.png", "class_scores.png", "performance.png",
+           "performance.txt", "report.json"}
+
+
+def contents(**changes) -> dict:
+    """A checkpoint of a tiny untrained model for digits."""
+    torch.manual_seed(0)
+    entry = data.DATASETS["digits"]
+    return {"architecture": "mamba", "config": CONFIG, "model": VisionMamba2(**CONFIG).state_dict(),
+            "dataset": {"name": "digits", "classes": list(entry.classes), "mean": list(entry.mean),
+                        "std": list(entry.std)},
+            "epoch": 0, "metrics": {}, "settings": {"run_name": "tiny"}, **changes}
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    """A folder with checkpoints/tiny.pt, where the demo is run."""
+    checkpoint.save(tmp_path / "checkpoints" / "tiny.pt", contents())
+    return tmp_path
+
+
+def demo(place: Path, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, ROOT / "demo_mamba.py", "--device", "cpu", *map(str, arguments)],
+                          cwd=place, input=stdin, capture_output=True, encoding="utf-8", timeout=120,
+                          env={"PATH": "", "PYTHONIOENCODING": "utf-8", "HOME": str(place)})
+
+
+def refused(place: Path, *arguments: object) -> str:
+    """The one line on stderr of a demo that must fail and write nothing."""
+    done = demo(place, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+    assert not (place / "runs").exists()
+    return done.stderr
+
+
+def seven(mode: str = "L", size: tuple[int, int] = (300, 200), paper: object = 255, ink: object = 0) -> Image.Image:
+    """A 7 of about 60 × 100 pixels, drawn off-centre."""
+    image = Image.new(mode, size, paper)
+    left, top = size[0] // 8, size[1] // 3
+    ImageDraw.Draw(image).line([(left, top), (left + 60, top), (left + 20, top + 100)], fill=ink, width=12)
+    return image
+
+
+# ---- prepare_picture
+
+
+@pytest.mark.parametrize("size", [28, 8])
+@pytest.mark.parametrize("image", [
+    pytest.param(seven(), id="dark on light"),
+    pytest.param(seven(paper=0, ink=255), id="light on dark"),
+    pytest.param(seven(paper=130, ink=40), id="dark on grey"),
+    pytest.param(seven(paper=120, ink=220), id="light on grey"),
+    pytest.param(seven("RGB", paper=(250, 240, 200), ink=(20, 30, 160)), id="colour"),
+    pytest.param(seven("RGBA", paper=(0, 0, 0, 0), ink=(0, 0, 0, 255)), id="black on nothing"),
+    pytest.param(seven("RGBA", paper=(0, 0, 0, 0), ink=(255, 255, 255, 255)), id="white on nothing"),
+    pytest.param(seven("RGBA", paper=(255, 255, 255, 255), ink=(0, 0, 0, 0)), id="a hole in white"),
+    pytest.param(seven("LA", paper=(255, 255), ink=(0, 255)), id="grey with alpha"),
+    pytest.param(seven().convert("P"), id="palette"),
+    pytest.param(seven().convert("1"), id="one bit"),
+    pytest.param(seven("I;16", paper=60000, ink=900), id="16 bit"),
+    pytest.param(seven(size=(4000, 3000)).resize((6000, 4500)), id="big"),
+    pytest.param(seven(size=(120, 2400)), id="tall"),
+])
+def test_a_picture_becomes_a_centred_light_digit_on_dark(image, size, tmp_path):
+    image.save(tmp_path / "seven.png")
+    picture = prepare_picture(tmp_path / "seven.png", size)
+    assert picture.shape == (1, 1, size, size) and picture.dtype == torch.uint8
+    digit = picture[0, 0].double().numpy()
+    rows, columns = np.flatnonzero(digit.max(axis=1) > 40), np.flatnonzero(digit.max(axis=0) > 40)
+    box = 20 if size == 28 else 8
+    assert digit.max() == 255 and np.median(digit) < 40
+    assert box - 1 <= np.ptp(rows) + 1 <= box and 0.4 * box < np.ptp(columns) + 1 < 0.8 * box
+    if size == 28:
+        assert digit.sum(axis=1) @ np.arange(28) / digit.sum() == pytest.approx(14, abs=0.51)
+        assert digit.sum(axis=0) @ np.arange(28) / digit.sum() == pytest.approx(14, abs=0.51)
+        assert digit[rows[0], columns[0]] > 100, "a 7 has its bar above"
+        assert digit[rows[-1], columns[-1]] < 40, "and nothing below on the right"
+
+
+def test_a_photograph_is_turned_upright(tmp_path):
+    turned = seven().rotate(90, expand=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90° clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    seven().save(tmp_path / "upright.png")
+    assert torch.equal(prepare_picture(tmp_path / "turned.png", 28), prepare_picture(tmp_path / "upright.png", 28))
+
+
+def test_an_mnist_like_picture_comes_back_almost_the_same(tmp_path):
+    digit = prepare_picture(saved(seven(), tmp_path / "a.png"), 28)
+    again = prepare_picture(saved(Image.fromarray(digit[0, 0].numpy()), tmp_path / "b.png"), 28)
+    assert (digit.float() - again.float()).abs().mean() < 5
+
+
+def saved(image: Image.Image, path: Path) -> Path:
+    image.save(path)
+    return path
+
+
+@pytest.mark.parametrize(("name", "make", "says"), [
+    ("absent.png", lambda path: None, "no picture"),
+    ("folder.png", lambda path: path.mkdir(), "is a folder"),
+    ("empty.png", lambda path: path.write_bytes(b""), "cannot be read"),
+    ("text.png", lambda path: path.write_text("seven"), "cannot be read"),
+    ("cut.png", lambda path: path.write_bytes(saved(seven(), path).read_bytes()[:200]), "cannot be read"),
+    ("even.png", lambda path: Image.new("L", (50, 50), 200).save(path), "no digit"),
+    ("one.png", lambda path: Image.new("L", (1, 1), 200).save(path), "no digit"),
+    ("clear.png", lambda path: Image.new("RGBA", (50, 50)).save(path), "no digit"),
+    ("huge.png", lambda path: Image.new("1", (8200, 8200)).save(path), "64 megapixels"),
+    ("bomb.png", lambda path: Image.new("1", (20000, 20000)).save(path), "64 megapixels"),
+])
+def test_a_useless_picture_is_refused_in_one_line(name, make, says, tmp_path, recwarn):
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=says) as caught:
+        prepare_picture(tmp_path / name, 28)
+    assert "\n" not in str(caught.value) and not recwarn.list
+
+
+def test_names_of_charts_never_collide():
+    names = picture_names([Path(name) for name in ("a.png", "b/a.jpg", "A.png", "a-2.png", "confusion.png", "ü $.gif")])
+    assert len({name.lower() for name in names}) == len(names)
+    assert names[:2] == ["image-a.png", "image-a-2.png"] and "confusion.png" not in names
+
+
+# ---- the commands
+
+
+def test_the_test_set_is_evaluated_measured_and_written(place):
+    done = demo(place)
+    assert done.returncode == 0 and done.stderr == ""
+    folder = place / "runs" / "tiny" / "demo"
+    assert {path.name for path in folder.iterdir()} == WRITTEN
+    assert all(name in done.stdout for name in WRITTEN)
+
+    report = json.loads((folder / "report.json").read_text())
+    assert done.stdout.startswith(f"test accuracy {100 * report['test']['accuracy']:.2f}%")
+    assert report["test"]["images"] == 360 and set(report["classes"]) == set("0123456789")
+    assert sum(scores["images"] for scores in report["classes"].values()) == 360
+    assert all(0 <= scores[key] <= 1 for scores in report["classes"].values()
+               for key in ("precision", "recall", "f1"))
+    costs = report["performance"]
+    assert costs["parameters"] == sum(p.numel() for p in VisionMamba2(**CONFIG).parameters())
+    assert set(costs["images_per_second"]) == {"1", "64", "1024"}
+    assert costs["latency_ms"] > 0 and costs["peak_memory_mib"] > 0 and costs["multiply_adds"] > 0
+    text = (folder / "performance.txt").read_text(encoding="utf-8")
+    assert f"{costs['parameters']:,}" in text and "not counted" in text
+
+
+def test_own_pictures_and_the_prompt(place):
+    saved(seven(), place / "seven.png")
+    asked = "5\n\n-1\n360\nnowhere.png\nseven.png\nq\n7\n"
+    done = demo(place, "--image", "seven.png", "seven.png", "--interactive", stdin=asked)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.count("seven.png: ") == 2
+    names = {path.name for path in (place / "runs" / "tiny" / "demo").iterdir()}
+    assert names == {"image-seven.png", "image-seven-2.png"}
+    for line in ("nothing was asked", "no test image -1; choose from 0 to 359", "no test image 360",
+                 "no picture nowhere.png"):
+        assert line in done.stdout
+    assert done.stdout.count("predicted ") == 2, "the 5 and seven.png, and nothing after q"
+    assert "█" in done.stdout
+
+
+def test_the_prompt_ends_at_the_end_of_input_and_writes_nothing(place):
+    done = demo(place, "--interactive")
+    assert done.returncode == 0 and done.stderr == "" and not (place / "runs").exists()
+
+
+def test_help_names_every_flag_and_its_default(place):
+    text = demo(place, "--help").stdout
+    for flag in ("--checkpoint", "--checkpoints-dir", "--runs-dir", "--data-dir", "--device", "--image",
+                 "--interactive"):
+        assert flag in text
+    assert text.count("(default:") >= 8
+
+
+def test_mistakes_of_the_user_cost_one_line_and_write_nothing(place):
+    saved(seven(), place / "seven.png")
+    (place / "note.png").write_text("no picture")
+    assert "note.png cannot be read" in refused(place, "--image", "seven.png", "note.png")
+    (place / "checkpoints" / "tiny.pt").write_bytes(b"damaged")
+    assert "is not a checkpoint" in refused(place)
+    assert "no checkpoint in empty" in refused(place, "--checkpoints-dir", "empty")
+
+
+# ---- evaluate.py
+
+
+@pytest.mark.parametrize("changes", [
+    {"architecture": "perceptron"},
+    {"architecture": ["mamba"]},
+    {"config": {**CONFIG, "wings": 2}},
+    {"config": {**CONFIG, "d_model": 32}},
+    {"config": {**CONFIG, "d_model": -4}},
+    {"config": None},
+    {"model": {}},
+    {"model": 3},
+])
+def test_a_foreign_checkpoint_is_refused(changes):
+    with pytest.raises(UserError, match="checkpoint"):
+        evaluate.rebuild(contents(**changes), "cpu")
+
+
+@pytest.mark.parametrize("changes", [
+    {"dataset": {"name": "birds", "classes": ["wren"], "mean": [0.5], "std": [0.5]}},
+    {"dataset": {"name": "digits", "classes": ["0", "1"], "mean": [0.5], "std": [0.5]}},
+    {"dataset": {"name": "digits"}},
+    {"dataset": 7},
+    {"settings": {"run_name": "../outside"}},
+    {"config": {**CONFIG, "in_channels": 3}, "model": VisionMamba2(**{**CONFIG, "in_channels": 3}).state_dict()},
+])
+def test_a_checkpoint_that_does_not_fit_its_dataset_is_refused(changes, tmp_path):
+    from demo_mamba import Demo
+    checkpoint.save(tmp_path / "odd.pt", contents(**changes))
+    with pytest.raises(UserError, match="train it anew"):
+        Demo(tmp_path / "odd.pt", torch.device("cpu"), tmp_path, tmp_path)
+
+
+def test_predict_gives_every_probability_and_leaves_the_mode():
+    dataset = data.load("digits", "unused")
+    model = evaluate.rebuild(contents(), "cpu").train()
+    probabilities = evaluate.predict(model, dataset.val, dataset, "cpu", batch_size=100)
+    assert model.training and probabilities.shape == (len(dataset.val.labels), 10)
+    assert probabilities.dtype == torch.float32
+    assert torch.allclose(probabilities.sum(dim=1), torch.ones(len(probabilities)), atol=1e-5)
+    some = model.eval()(data.normalize(dataset.val.images[100:130], dataset.mean, dataset.std)).softmax(-1)
+    assert torch.allclose(probabilities[100:130], some, atol=1e-5)
+
+
+def test_multiply_adds_are_those_of_the_layers():
+    e, n, w, r, tokens = 32, 4, 4, 1, 16
+    stem = 16 * 9 * tokens
+    mixer = tokens * (16 * 2 * e + e * (r + 2 * n) + r * e + e * 16 + 3 * e * n) + (tokens + w - 1) * e * w
+    counted = evaluate.count_multiply_adds(evaluate.rebuild(contents(), "cpu"), torch.zeros(1, 1, 8, 8))
+    assert counted == stem + mixer + 16 * 10
+
+
+def test_pick_device():
+    assert evaluate.pick_device("cpu").type == "cpu"
+    assert evaluate.pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("toaster", *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(UserError):
+            evaluate.pick_device(name)

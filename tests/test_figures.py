@@ -1,0 +1,139 @@
+"""figures.py: each function gives a Figure with the axes and words it promises, also for odd inputs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import figures
+from errors import UserError
+
+CLASSES = tuple("0123456789")
+LONG = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+
+def guesses(labels: np.ndarray, wrong: int) -> np.ndarray:
+    """Probabilities (N, 10) that are right but for the first `wrong` images, ever less sure of themselves."""
+    probabilities = np.full((len(labels), 10), 0.01)
+    for index, label in enumerate(labels):
+        guess = (label + 1) % 10 if index < wrong else label
+        probabilities[index, guess] = 0.9 - 0.3 * index / len(labels)
+        probabilities[index, (label + 5) % 10] = 0.05
+    return probabilities / probabilities.sum(axis=1, keepdims=True)
+
+
+def words(figure: Figure) -> str:
+    texts = [*figure.texts, *(text for axes in figure.axes for text in axes.texts)]
+    return "\n".join(text.get_text() for text in texts)
+
+
+@pytest.fixture
+def examples():
+    rng = np.random.default_rng(0)
+    labels = np.arange(40) % 10
+    return rng.integers(0, 256, (40, 1, 8, 8), dtype=np.uint8), labels
+
+
+@pytest.mark.parametrize("classes", [CLASSES, LONG])
+@pytest.mark.parametrize("wrong", [0, 7, 40])
+def test_every_figure_can_be_saved(examples, classes, wrong, tmp_path):
+    images, labels = examples
+    probabilities = guesses(labels, wrong)
+    predicted = probabilities.argmax(axis=1)
+    drawn = {
+        "confusion": figures.confusion(labels, predicted, classes),
+        "predictions": figures.predictions(images, labels, probabilities, classes),
+        "mistakes": figures.mistakes(images, labels, probabilities, classes),
+        "class_scores": figures.class_scores(labels, predicted, classes),
+        "bars": figures.bars(images[0], probabilities[0], classes, "a $title$"),
+        "performance": figures.performance([("parameters", "1")], {1: 2.0, 64: 3.0}, "here"),
+    }
+    for name, figure in drawn.items():
+        assert isinstance(figure, Figure)
+        figures.save(figure, tmp_path / "new" / f"{name}.png")
+        with Image.open(tmp_path / "new" / f"{name}.png") as picture:
+            assert min(picture.size) > 300 and np.asarray(picture).std() > 5
+
+
+def test_confusion_shows_counts_and_row_percent(examples):
+    _, labels = examples
+    figure = figures.confusion(labels, guesses(labels, 1).argmax(axis=1), CLASSES)
+    matrix, colour_bar = figure.axes
+    assert [tick.get_text() for tick in matrix.get_yticklabels()] == list(CLASSES)
+    assert "errors" in colour_bar.get_ylabel()
+    assert {"3", "75.0%", "1", "25.0%", "100.0%"} <= {text.get_text() for text in matrix.texts}
+    assert "39 of 40 right (97.50%)" in words(figure)
+
+
+def test_a_class_without_images_has_a_row_but_no_scores(examples):
+    _, labels = examples
+    labels = labels[labels != 3]
+    assert "no images" in words(figures.confusion(labels, labels, CLASSES))
+    figure = figures.class_scores(labels, labels, CLASSES)
+    table = [text.get_text() for text in figure.axes[1].texts]
+    assert table.count("–") == 3 and table.count("100.00") == 27
+    assert "mean F1 100.00%" in words(figure)
+
+
+def test_predictions_mark_the_wrong_by_more_than_colour(examples):
+    images, labels = examples
+    figure = figures.predictions(images, labels, guesses(labels, 2), CLASSES, most=12)
+    assert len(figure.axes) == 12
+    marked = [axes for axes in figure.axes if "✗" in axes.texts[0].get_text()]
+    assert marked == figure.axes[:2]
+    assert all(axes.spines["top"].get_linestyle() != "-" for axes in marked)
+    assert figure.axes[2].spines["top"].get_linestyle() == "-"
+    assert "is 0" in marked[0].texts[1].get_text()
+
+
+def test_mistakes_come_most_confident_first_with_runner_up_and_truth(examples):
+    images, labels = examples
+    probabilities = guesses(labels, 7)[::-1]
+    figure = figures.mistakes(images[::-1], labels[::-1], probabilities, CLASSES, most=5)
+    assert len(figure.axes) == 5
+    sure = [float(axes.texts[0].get_text().split("(")[1].rstrip("%)")) for axes in figure.axes]
+    assert sure == sorted(sure, reverse=True)
+    first = [text.get_text() for text in figure.axes[0].texts]
+    assert first[0].startswith("✗ 1") and "then 5" in first[1] and "is 0" in first[1]
+    assert "7 of 40 wrong" in words(figure)
+
+
+def test_no_mistakes_is_said(examples):
+    images, labels = examples
+    figure = figures.mistakes(images, labels, guesses(labels, 0), CLASSES)
+    assert figure.axes == [] and "No mistakes" in words(figure)
+
+
+def test_bars_name_the_best(examples):
+    images, labels = examples
+    figure = figures.bars(images[4], guesses(labels, 0)[4], CLASSES, "four.png")
+    picture, chart = figure.axes
+    assert len(picture.images) == 1 and len(chart.patches) == 10
+    assert max(range(10), key=lambda row: chart.patches[row].get_width()) == 4
+    assert "four.png" in words(figure) and "predicted 4" in words(figure)
+
+
+def test_torch_tensors_and_colour_images_are_taken(examples):
+    _, labels = examples
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    probabilities = torch.tensor(guesses(labels, 3), dtype=torch.float32)
+    labels = torch.tensor(labels)
+    assert len(figures.predictions(images, labels, probabilities, CLASSES).axes) == 40
+    assert len(figures.mistakes(images, labels, probabilities, CLASSES).axes) == 3
+    assert len(figures.confusion(labels, probabilities.argmax(1), CLASSES).axes) == 2
+
+
+def test_save_says_why_it_cannot(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        figures.save(Figure(), tmp_path / "file" / "a.png")
+
+
+def test_the_callers_style_is_left_alone(examples):
+    import matplotlib
+    before = dict(matplotlib.rcParams)
+    figures.class_scores(examples[1], examples[1], CLASSES)
+    assert dict(matplotlib.rcParams) == before

@@ -1,0 +1,368 @@
+"""Train VisionMamba2.
+
+    python train_mamba.py                                MNIST, 20 epochs
+    python train_mamba.py --dataset digits --epochs 3    a minute's try, no download
+    python train_mamba.py --resume                       go on where the newest run stopped
+    tensorboard --logdir runs
+
+Choices are made on the validation split (the last 5,000 of MNIST's training images); the test set is
+only reported. checkpoints/<run-name>.pt is the best on validation, <run-name>.last.pt the newest.
+"""
+
+from __future__ import annotations
+
+import cpu_settings  # noqa: F401, I001  (before torch: it reads them once)
+
+import argparse
+import math
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+import data
+import evaluate
+import rng
+from errors import ArgumentParser, UserError, run_script
+from mamba_ssm_simple import SCANS, VisionMamba2
+from run_log import RunLog
+
+GRADIENT_NORM = 1.0     # gradients are clipped to this Euclidean norm
+LAST_LR = 0.01          # the cosine ends at this fraction of --lr
+LOG_EVERY = 10          # steps between looks at the device: bar, TensorBoard, check for NaN
+MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "runs_dir", "checkpoints_dir"}
+
+
+# ---- Command line -----------------------------------------------------------------------------------------
+
+
+def parse_arguments(saved: dict | None = None) -> argparse.Namespace:
+    """The command line; `saved` settings, of a run to be resumed, take the place of the defaults."""
+    parser = ArgumentParser("Train VisionMamba2 on images.")
+    add = parser.add_argument
+    add("--dataset", choices=data.DATASETS, default="mnist", help="what to learn; digits needs no download")
+    add("--data-dir", type=Path, metavar="DIR", default=Path("data"), help="where datasets are kept, and "
+        "fetched to where missing")
+    add("--epochs", type=positive_int, metavar="N", default=20, help="passes over the training images")
+    add("--batch-size", type=positive_int, metavar="N", default=64, help="images a step")
+    add("--lr", type=positive_float, metavar="RATE", default=1e-3, help="peak learning rate of AdamW, after a "
+        "linear warm-up and before a cosine to a hundredth of it")
+    add("--weight-decay", type=non_negative_float, metavar="RATE", default=0.05, help="of AdamW, on matrices "
+        "alone: none on A_log, D, biases and norms")
+    add("--d-model", type=positive_int, metavar="N", default=128, help="width of the tokens")
+    add("--num-blocks", type=positive_int, metavar="N", default=4, help="Mamba blocks")
+    add("--d-state", type=positive_int, metavar="N", default=16, help="states a channel")
+    add("--patch-size", type=positive_int, metavar="PIXELS", default=None, help="side of a token, a power of "
+        "two; MNIST: 4 gives 7×7 tokens, 2 gives 14×14 (None: the dataset's own, 4 for mnist, 2 for digits)")
+    add("--scan", choices=SCANS, default="cross", help="order in which tokens are read: each row its own "
+        "sequence; all of them row by row; successive blocks right, down, left, up")
+    add("--bidirectional", action=argparse.BooleanOptionalAction, default=False, help="read both ways in "
+        "every block")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="random shifts, turns, zooms "
+        "and shears of the training images")
+    add("--seed", type=int, metavar="N", default=0, help="of weights, order and augmentation")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto is CUDA where there is "
+        "one, else the CPU")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision of matrix "
+        "products; auto is bf16 on CUDA and off elsewhere")
+    add("--limit-train", type=positive_int, metavar="N", default=None, help="use only the first N training "
+        "images (None: all)")
+    add("--run-name", metavar="NAME", default=None, help="names the run's folder and checkpoints "
+        "(None: dataset, date and time)")
+    add("--runs-dir", type=Path, metavar="DIR", default=Path("runs"), help="TensorBoard and metrics.jsonl go "
+        "into DIR/<run-name>")
+    add("--checkpoints-dir", type=Path, metavar="DIR", default=Path("checkpoints"), help="checkpoints go here")
+    add("--resume", type=Path, metavar="PATH", nargs="?", const=Path("newest"), default=None,
+        help="go on from a .last.pt; without PATH the newest in --checkpoints-dir (None: a new run)")
+    return parser.parse_args(namespace=argparse.Namespace(**saved) if saved else None)
+
+
+def number(kind: type, lowest: float, inclusive: bool, what: str):
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < lowest or (value == lowest and not inclusive):
+            raise argparse.ArgumentTypeError(f"must be {what}, but is {text!r}")
+        return value
+    return parse
+
+
+positive_int = number(int, 1, True, "a whole number from 1 on")
+positive_float = number(float, 0, False, "a number above 0")
+non_negative_float = number(float, 0, True, "a number from 0 on")
+
+
+def read_settings() -> tuple[argparse.Namespace, dict | None]:
+    """The run's settings, and the checkpoint it goes on from, if any.
+
+    A resumed run keeps the settings it began with; asking for others is an error, not a silent change.
+    """
+    settings = parse_arguments()
+    if settings.resume is None:
+        settings.run_name = settings.run_name or time.strftime(f"{settings.dataset}-%Y%m%d-%H%M%S")
+        if Path(settings.run_name).name != settings.run_name:
+            raise UserError(f"--run-name {settings.run_name!r} is no plain folder name; leave out the slashes")
+        for path in (settings.checkpoints_dir / f"{settings.run_name}.last.pt",
+                     settings.runs_dir / settings.run_name / "metrics.jsonl"):
+            if path.exists():
+                raise UserError(f"{path} exists; go on with it by --resume, or choose another --run-name")
+        return settings, None
+
+    path = settings.resume
+    if path == Path("newest"):
+        path = checkpoint.newest(settings.checkpoints_dir, unfinished=True)
+    resumed = checkpoint.load(path)
+    if "optimizer" not in resumed:
+        raise UserError(f"{path} holds no state of training to go on from; resume a .last.pt")
+    saved = {name: Path(value) if name.endswith("_dir") else value for name, value in resumed["settings"].items()}
+    settings = parse_arguments({name: value for name, value in saved.items()
+                                if name not in MAY_CHANGE_ON_RESUME})
+    for name, value in saved.items():
+        if name not in MAY_CHANGE_ON_RESUME and getattr(settings, name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {value} in {path}; a resumed run keeps its settings, so leave {flag} out")
+    settings.resume = path
+    return settings, resumed
+
+
+# ---- Training ---------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    settings, resumed = read_settings()
+    device = evaluate.pick_device(settings.device)
+    random.seed(settings.seed)
+    np.random.seed(settings.seed % 2**32)
+    torch.manual_seed(settings.seed)
+    torch.backends.cudnn.deterministic = True
+    torch.set_float32_matmul_precision("high")
+
+    dataset = data.load(settings.dataset, settings.data_dir, device, settings.limit_train)
+    entry = data.DATASETS[settings.dataset]
+    config = {"num_classes": len(dataset.classes), "d_model": settings.d_model,
+              "num_blocks": settings.num_blocks, "in_channels": entry.in_channels,
+              "patch_size": settings.patch_size or entry.patch_size, "scan": settings.scan,
+              "d_state": settings.d_state, "bidirectional": settings.bidirectional}
+    try:
+        model = VisionMamba2(**config).to(device)
+    except ValueError as error:
+        raise UserError(f"{error}; change it on the command line") from error
+
+    training = Training(model, dataset, settings, device)
+    if resumed:
+        training.load(resumed)
+    log = RunLog(settings.runs_dir / settings.run_name, training.epoch, training.step)
+    base = {"architecture": "mamba", "config": config,
+            "dataset": {"name": dataset.name, "classes": list(dataset.classes), "mean": list(dataset.mean),
+                        "std": list(dataset.std)},
+            "settings": {name: str(value) if isinstance(value, Path) else value
+                         for name, value in vars(settings).items() if name != "resume"}}
+    last = settings.checkpoints_dir / f"{settings.run_name}.last.pt"
+    best = settings.checkpoints_dir / f"{settings.run_name}.pt"
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{settings.run_name}: {dataset.name}, {len(dataset.train.labels):,} training images, "
+          f"{parameters:,} parameters, {evaluate.device_name(device)}, {settings.epochs} epochs")
+
+    metrics = resumed["metrics"] if resumed else {}
+    examples = data.normalize(dataset.val.images[:64], dataset.mean, dataset.std)
+    with StopRequest() as stop:
+        while training.epoch < settings.epochs:
+            started = time.perf_counter()
+            finished = training.run_epoch(log, stop)
+            if not finished:
+                checkpoint.save(last, {**base, **training.state(), "metrics": metrics})
+                log.writer.close()
+                print(f"\nstopped in epoch {training.epoch + 1}; go on with: python train_mamba.py --resume {last}")
+                sys.exit(130)
+            seconds = time.perf_counter() - started
+            val, test = (evaluate.predict(model, split, dataset, device) for split in (dataset.val, dataset.test))
+            metrics = {"epoch": training.epoch, **training.summary(),
+                       "val_loss": negative_log_likelihood(val, dataset.val.labels),
+                       "val_accuracy": accuracy(val, dataset.val.labels),
+                       "test_accuracy": accuracy(test, dataset.test.labels),
+                       "images_per_second": training.images / seconds, "seconds": seconds}
+            log.epoch(training.step, metrics)
+            log.test(training.step, dataset.test, test, dataset.classes)
+            log.deltas(training.step, evaluate.record_deltas(model, examples))
+            if metrics["val_accuracy"] > training.best_accuracy:
+                training.best_accuracy = metrics["val_accuracy"]
+                checkpoint.save(best, {**base, "model": model.state_dict(), "epoch": training.epoch,
+                                       "metrics": metrics})
+            checkpoint.save(last, {**base, **training.state(), "metrics": metrics})
+            print(f"epoch {training.epoch:{len(str(settings.epochs))}}/{settings.epochs}  "
+                  f"loss {metrics['train_loss']:.4f}  validation {metrics['val_accuracy']:.2%}  "
+                  f"test {metrics['test_accuracy']:.2%}  {seconds:.0f} s")
+    log.close(base["settings"], metrics)
+    print(f"best on validation: {best}\nsee it with: python demo_mamba.py --checkpoint {best}")
+
+
+class Training:
+    """A model, its optimiser and how far they have come; all of it goes into a checkpoint and back."""
+
+    def __init__(self, model: nn.Module, dataset: data.Dataset, settings: argparse.Namespace,
+                 device: torch.device):
+        self.model, self.dataset, self.settings, self.device = model, dataset, settings, device
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.lr,
+                                           fused=device.type in ("cpu", "cuda"))
+        amp = settings.amp if settings.amp != "auto" else "bf16" if device.type == "cuda" else "off"
+        self.amp_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.steps_an_epoch = data.num_batches(dataset.train, settings.batch_size)
+        self.epoch = 0           # epochs finished
+        self.step = 0            # steps finished, of all epochs
+        self.best_accuracy = -1.0
+        # The order of an epoch comes from seed and epoch, so that a resumed run finds it again.
+        self.augmentation = torch.Generator(device).manual_seed(settings.seed)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss and hits of this epoch's images
+        self.images = 0          # images of this epoch so far
+
+    def run_epoch(self, log: RunLog, stop: StopRequest) -> bool:
+        """Train to the end of the epoch; False where a stop was asked for before."""
+        done = self.step - self.epoch * self.steps_an_epoch
+        if done == 0:
+            self.sums.zero_()
+            self.images = 0
+        order = torch.Generator(self.device).manual_seed(self.settings.seed * 100_003 + self.epoch)
+        self.model.train()
+        seen, started = self.images, time.perf_counter()
+        with tqdm(total=self.steps_an_epoch, initial=done, unit="step", disable=None, leave=False,
+                  desc=f"epoch {self.epoch + 1}/{self.settings.epochs}") as bar:
+            for index, (images, labels) in enumerate(data.epoch_batches(self.dataset.train,
+                                                                        self.settings.batch_size, order)):
+                if index < done:
+                    continue
+                loss, norm = self.train_step(images, labels)
+                bar.update()
+                if self.step % LOG_EVERY == 0 or index + 1 == self.steps_an_epoch:
+                    self.report(log, bar, loss, norm, (self.images - seen) / (time.perf_counter() - started))
+                if stop.asked and index + 1 < self.steps_an_epoch:
+                    return False
+        self.epoch += 1
+        return True
+
+    def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One step on images (b, C, H, W) uint8 and labels (b,); loss and gradient norm, on the device."""
+        learning_rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.settings.augment:
+            images = data.random_affine(images, self.augmentation)
+        images = data.normalize(images, self.dataset.mean, self.dataset.std)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        hits = (logits.argmax(1) == labels).sum()
+        self.sums += torch.stack([loss.detach().double() * len(labels), hits.double()])
+        self.images += len(labels)
+        self.step += 1
+        return loss.detach(), norm
+
+    def learning_rate(self) -> float:
+        """Linear warm-up over the first twentieth of all steps (500 at most), then a cosine."""
+        total = self.settings.epochs * self.steps_an_epoch
+        warm_up = min(500, max(1, total // 20))
+        if self.step < warm_up:
+            return self.settings.lr * (self.step + 1) / warm_up
+        progress = (self.step - warm_up) / max(1, total - warm_up)
+        return self.settings.lr * (LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def report(self, log: RunLog, bar: tqdm, loss: Tensor, norm: Tensor, rate: float) -> None:
+        """Look at the device: bar and TensorBoard; raises UserError where the loss is no number any more."""
+        value = loss.item()
+        if not math.isfinite(value):
+            raise UserError(f"the loss is {value} at step {self.step} with learning rate "
+                            f"{self.learning_rate():.2e}; lower --lr or use --amp off, and go on from the last "
+                            f"good checkpoint in {self.settings.checkpoints_dir}")
+        log.step(self.step, value, self.learning_rate(), float(norm))
+        bar.set_postfix_str(f"loss {value:.4f}, accuracy {self.summary()['train_accuracy']:.2%}, "
+                            f"{rate:,.0f} images/s")
+
+    def summary(self) -> dict:
+        """Mean loss and accuracy over the epoch's images so far (augmented, as they were trained on)."""
+        loss, hits = (self.sums / max(1, self.images)).tolist()
+        return {"train_loss": loss, "train_accuracy": hits, "learning_rate": self.learning_rate()}
+
+    def state(self) -> dict:
+        """Everything that a run interrupted here needs to go on as if it had not been."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "rng": rng.state(self.device),
+                "augmentation": self.augmentation.get_state(), "epoch": self.epoch, "step": self.step,
+                "best_accuracy": self.best_accuracy, "sums": self.sums, "images": self.images}
+
+    def load(self, contents: dict) -> None:
+        """Go back to a `state`. Raises UserError where it does not fit the model."""
+        try:
+            self.model.load_state_dict(contents["model"])
+            self.optimizer.load_state_dict(contents["optimizer"])
+            self.scaler.load_state_dict(contents["scaler"])
+            rng.restore(contents["rng"], self.device)
+            self.augmentation.set_state(contents["augmentation"])
+            self.sums = contents["sums"].to(self.device)
+            self.epoch, self.step, self.images = contents["epoch"], contents["step"], contents["images"]
+            self.best_accuracy = contents["best_accuracy"]
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise UserError(f"the state in {self.settings.resume} does not fit this version or device "
+                            f"({type(error).__name__}: {str(error)[:160]}); train anew") from error
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices and filters decay; A_log, D, biases and norms do not: zero is no natural value for them."""
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim >= 2 and not name.endswith("A_log")
+
+    named = list(model.named_parameters())
+    return [{"params": [parameter for name, parameter in named if decays(name, parameter)],
+             "weight_decay": weight_decay},
+            {"params": [parameter for name, parameter in named if not decays(name, parameter)],
+             "weight_decay": 0.0}]
+
+
+def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """Fraction of the images whose most probable class is their label."""
+    return (probabilities.argmax(1) == labels.cpu()).double().mean().item()
+
+
+def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean over the images, in nats."""
+    return F.nll_loss(probabilities.double().clamp(min=1e-12).log(), labels.cpu()).item()
+
+
+# ---- Stopping ---------------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """Whether Ctrl-C was pressed. Within `with`, the first one asks; a second one stops at once."""
+
+    asked = False
+
+    def __enter__(self) -> StopRequest:
+        self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+if __name__ == "__main__":
+    run_script(main)
