@@ -11,6 +11,8 @@ report.json; of the second, image-<name>.png for each picture.
 
 from __future__ import annotations
 
+import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
+
 import argparse
 import dataclasses
 import json
@@ -32,14 +34,13 @@ import checkpoint
 import data
 import evaluate
 import figures
-from errors import UserError, run_script
+from errors import ArgumentParser, UserError, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description="Show what a trained Vision Mamba can do: pictures, numbers, a prompt.",
-        epilog="Without --image and --interactive the model is tested on its dataset's test set.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        epilog="Without --image and --interactive the model is tested on its dataset's test set.")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", default=argparse.SUPPRESS,
                         help="the trained model (default: the newest in --checkpoints-dir)")
     parser.add_argument("--checkpoints-dir", type=Path, metavar="DIR", default=Path("checkpoints"),

@@ -1,4 +1,4 @@
-"""``python mamba_ssm_simple.py``: does the model run on this machine, is its scan right, and how fast is it?"""
+"""``python mamba_ssm_simple.py``: does the model run on this machine, is the scan right, how fast is it?"""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def main() -> int:
         chosen = choose_implementation(torch.empty(1, 1, 1, device=device))
         print(f"{device.type}: VisionMamba2 runs on the {chosen!r} scan; {timing.machine_line(device)}")
     show_model(devices[-1])
-    right = all([check(device) for device in devices])  # a list: every device is shown
+    verdicts = [check(device) for device in devices]
+    right = all(verdicts)
     print("\nAll implementations agree with the reference." if right else
           "\nFAIL: an implementation disagrees with the reference; please report this table.")
     return 0 if right else 1
@@ -37,7 +38,8 @@ def show_model(device: torch.device) -> None:
 
     def show(name: str, stage: nn.Module) -> None:
         what = f"{name} ({stage.direction})" if hasattr(stage, "direction") else name
-        stage.register_forward_hook(lambda _, __, out: print(f"{what:<32}{shape(out):>20}{count(stage):>14,}"))
+        line = f"{what:<32}{{:>20}}{count(stage):>14,}"
+        stage.register_forward_hook(lambda _, __, out: print(line.format(shape(out))))
 
     show("stem", model.stem)
     for index, block in enumerate(model.blocks):
@@ -61,8 +63,8 @@ def check(device: torch.device) -> bool:
     both = timing.interleave({name: lambda name=name: run(name, inputs, dout) for name in names},
                              REPEATS, device)
 
-    print(f"\nselective scan on {device.type}: relative errors against the float64 reference at (b, l, e, n) = "
-          f"{CHECK_SHAPE},\nmedian milliseconds at {TIME_SHAPE}, both float32")
+    print(f"\nselective scan on {device.type}, float32: relative errors against the float64 reference at "
+          f"(b, l, e, n) = {CHECK_SHAPE},\nmedian milliseconds at {TIME_SHAPE}")
     print(f"{'':<12}{'output':>10}{'worst gradient':>16}{'':>7}{'forward':>10}{'+ backward':>12}"
           f"{'against portable':>18}")
     for name in names:

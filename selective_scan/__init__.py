@@ -3,6 +3,7 @@
     reference   the recurrence by its definition, autograd: the oracle (reference.py)
     portable    plain PyTorch with its own backward, any device, float64 (portable.py)
     numba       CPU kernels (cpu.py)
+    triton      CUDA kernels (cuda.py)
 
 `selective_scan` chooses by device and dtype in `choose_implementation`, and nowhere else.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 
 import torch
 from torch import Tensor
@@ -21,8 +23,11 @@ __all__ = ["available_implementations", "choose_implementation", "run_implementa
            "selective_scan_reference"]
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton's interpreter runs the CUDA kernels on CPU tensors, slowly: for tests on machines without a GPU.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-MODULES = {"numba": "selective_scan.cpu", "portable": "selective_scan.portable"}
+MODULES = {"triton": "selective_scan.cuda", "numba": "selective_scan.cpu", "portable": "selective_scan.portable"}
 
 
 def selective_scan(
@@ -74,17 +79,20 @@ def selective_scan(
 
 def choose_implementation(u: Tensor) -> str:
     """The fastest implementation for u's device and dtype: the one place where this is decided."""
-    if u.device.type == "cpu" and u.dtype != torch.float64 and HAS_NUMBA:
-        return "numba"
+    if u.dtype != torch.float64:  # the kernels compute in float32
+        if u.device.type == "cuda" and HAS_TRITON:
+            return "triton"
+        if u.device.type == "cpu" and HAS_NUMBA:
+            return "numba"
     return "portable"
 
 
 def available_implementations(device: torch.device | str) -> list[str]:
     """Names that `run_implementation` accepts for tensors on `device`, fastest first."""
-    names = ["portable", "reference"]
-    if torch.device(device).type == "cpu" and HAS_NUMBA:
-        names.insert(0, "numba")
-    return names
+    kind = torch.device(device).type
+    return [name for name, there in (("triton", HAS_TRITON and (kind == "cuda" or INTERPRETED)),
+                                     ("numba", HAS_NUMBA and kind == "cpu"),
+                                     ("portable", True), ("reference", True)) if there]
 
 
 def run_implementation(
@@ -173,22 +181,23 @@ def _module(implementation: str):
 
 def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
     """Raise for what does not fit, by shapes, dtypes and devices alone: no look at values, no device wait."""
-    if not isinstance(u, Tensor) or u.dim() != 3 or 0 in u.shape:
+    given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    optional = ("D", "z", "delta_bias")
+    given = {name: tensor for name, tensor in given.items() if tensor is not None or name not in optional}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a real floating-point tensor, but is {_describe(tensor)}")
+    if u.dim() != 3 or 0 in u.shape:
         raise ValueError(f"u must be (batch, length, channels), none of them 0, but is {_describe(u)}")
-    if not isinstance(A, Tensor) or A.dim() != 2 or A.shape[0] != u.shape[2] or A.shape[1] == 0:
+    if A.dim() != 2 or A.shape[0] != u.shape[2] or A.shape[1] == 0:
         raise ValueError(f"A must be (channels, d_state) = ({u.shape[2]}, ≥ 1), but is {_describe(A)}")
     b, l, e = u.shape
     n = A.shape[1]
-    expected = {"delta": (delta, (b, l, e)), "B": (B, (b, l, n)), "C": (C, (b, l, n)), "D": (D, (e,)),
-                "z": (z, (b, l, e)), "delta_bias": (delta_bias, (e,))}
-    optional = ("D", "z", "delta_bias")
-    for name, (tensor, shape) in {"u": (u, (b, l, e)), "A": (A, (e, n)), **expected}.items():
-        if tensor is None and name in optional:
-            continue
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, but is {_describe(tensor)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be real floating point, but is {_describe(tensor)}")
+    expected = {"u": (b, l, e), "delta": (b, l, e), "A": (e, n), "B": (b, l, n), "C": (b, l, n), "D": (e,),
+                "z": (b, l, e), "delta_bias": (e,)}
+    for name, tensor in given.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"{name} must have shape {expected[name]}, but is {_describe(tensor)}")
         if tensor.device != u.device:
             raise ValueError(f"{name} is on {tensor.device}, but u is on {u.device}; move one of them")
 

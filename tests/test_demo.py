@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -15,12 +16,13 @@ from PIL import Image, ImageDraw
 import checkpoint
 import data
 import evaluate
-from demo_mamba import picture_names, prepare_picture
+from demo_mamba import Demo, converse, parse_arguments, picture_names, prepare_picture
 from errors import UserError
 from mamba_ssm_simple import VisionMamba2
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"num_classes": 10, "d_model": 16, "num_blocks": 1, "in_channels": 1, "patch_size": 2, "d_state": 4}
+COLOUR = CONFIG | {"in_channels": 3}
 WRITTEN = {"confusion.png", "predictions.png", "mistakes.png", "class_scores.png", "performance.png",
            "performance.txt", "report.json"}
 
@@ -57,11 +59,18 @@ def refused(place: Path, *arguments: object) -> str:
     return done.stderr
 
 
-def seven(mode: str = "L", size: tuple[int, int] = (300, 200), paper: object = 255, ink: object = 0) -> Image.Image:
+def seven(mode: str = "L", size: tuple[int, int] = (300, 200), paper=255, ink=0) -> Image.Image:
     """A 7 of about 60 × 100 pixels, drawn off-centre."""
     image = Image.new(mode, size, paper)
     left, top = size[0] // 8, size[1] // 3
     ImageDraw.Draw(image).line([(left, top), (left + 60, top), (left + 20, top + 100)], fill=ink, width=12)
+    return image
+
+
+def with_clear_corner() -> Image.Image:
+    """A 7 on white whose upper left corner is transparent black, as round corners of screenshots are."""
+    image = seven("RGBA", paper=(255, 255, 255, 255), ink=(0, 0, 0, 255))
+    ImageDraw.Draw(image).rectangle((0, 0, 30, 30), fill=(0, 0, 0, 0))
     return image
 
 
@@ -77,7 +86,7 @@ def seven(mode: str = "L", size: tuple[int, int] = (300, 200), paper: object = 2
     pytest.param(seven("RGB", paper=(250, 240, 200), ink=(20, 30, 160)), id="colour"),
     pytest.param(seven("RGBA", paper=(0, 0, 0, 0), ink=(0, 0, 0, 255)), id="black on nothing"),
     pytest.param(seven("RGBA", paper=(0, 0, 0, 0), ink=(255, 255, 255, 255)), id="white on nothing"),
-    pytest.param(seven("RGBA", paper=(255, 255, 255, 255), ink=(0, 0, 0, 0)), id="a hole in white"),
+    pytest.param(with_clear_corner(), id="clear corner"),
     pytest.param(seven("LA", paper=(255, 255), ink=(0, 255)), id="grey with alpha"),
     pytest.param(seven().convert("P"), id="palette"),
     pytest.param(seven().convert("1"), id="one bit"),
@@ -106,8 +115,8 @@ def test_a_photograph_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90° clockwise
     turned.save(tmp_path / "turned.png", exif=exif)
-    seven().save(tmp_path / "upright.png")
-    assert torch.equal(prepare_picture(tmp_path / "turned.png", 28), prepare_picture(tmp_path / "upright.png", 28))
+    upright = prepare_picture(saved(seven(), tmp_path / "upright.png"), 28)
+    assert torch.equal(prepare_picture(tmp_path / "turned.png", 28), upright)
 
 
 def test_an_mnist_like_picture_comes_back_almost_the_same(tmp_path):
@@ -141,7 +150,8 @@ def test_a_useless_picture_is_refused_in_one_line(name, make, says, tmp_path, re
 
 
 def test_names_of_charts_never_collide():
-    names = picture_names([Path(name) for name in ("a.png", "b/a.jpg", "A.png", "a-2.png", "confusion.png", "ü $.gif")])
+    paths = [Path(name) for name in ("a.png", "b/a.jpg", "A.png", "a-2.png", "confusion.png", "ü $.gif")]
+    names = picture_names(paths)
     assert len({name.lower() for name in names}) == len(names)
     assert names[:2] == ["image-a.png", "image-a-2.png"] and "confusion.png" not in names
 
@@ -185,13 +195,17 @@ def test_own_pictures_and_the_prompt(place):
     assert "█" in done.stdout
 
 
-def test_the_prompt_ends_at_the_end_of_input_and_writes_nothing(place):
-    done = demo(place, "--interactive")
-    assert done.returncode == 0 and done.stderr == "" and not (place / "runs").exists()
+def test_the_prompt_ends_at_the_end_of_input_and_writes_nothing(place, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("3\n"))
+    converse(Demo(place / "checkpoints" / "tiny.pt", torch.device("cpu"), place / "runs", place))
+    assert not (place / "runs").exists()
 
 
-def test_help_names_every_flag_and_its_default(place):
-    text = demo(place, "--help").stdout
+def test_help_names_every_flag_and_its_default(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["demo_mamba.py", "--help"])
+    with pytest.raises(SystemExit):
+        parse_arguments()
+    text = capsys.readouterr().out
     for flag in ("--checkpoint", "--checkpoints-dir", "--runs-dir", "--data-dir", "--device", "--image",
                  "--interactive"):
         assert flag in text
@@ -204,7 +218,6 @@ def test_mistakes_of_the_user_cost_one_line_and_write_nothing(place):
     assert "note.png cannot be read" in refused(place, "--image", "seven.png", "note.png")
     (place / "checkpoints" / "tiny.pt").write_bytes(b"damaged")
     assert "is not a checkpoint" in refused(place)
-    assert "no checkpoint in empty" in refused(place, "--checkpoints-dir", "empty")
 
 
 # ---- evaluate.py
@@ -231,10 +244,9 @@ def test_a_foreign_checkpoint_is_refused(changes):
     {"dataset": {"name": "digits"}},
     {"dataset": 7},
     {"settings": {"run_name": "../outside"}},
-    {"config": {**CONFIG, "in_channels": 3}, "model": VisionMamba2(**{**CONFIG, "in_channels": 3}).state_dict()},
+    {"config": COLOUR, "model": VisionMamba2(**COLOUR).state_dict()},
 ])
 def test_a_checkpoint_that_does_not_fit_its_dataset_is_refused(changes, tmp_path):
-    from demo_mamba import Demo
     checkpoint.save(tmp_path / "odd.pt", contents(**changes))
     with pytest.raises(UserError, match="train it anew"):
         Demo(tmp_path / "odd.pt", torch.device("cpu"), tmp_path, tmp_path)

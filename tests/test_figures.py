@@ -12,7 +12,8 @@ import figures
 from errors import UserError
 
 CLASSES = tuple("0123456789")
-LONG = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+LONG = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+        "Ankle boot")
 
 
 def guesses(labels: np.ndarray, wrong: int) -> np.ndarray:
@@ -37,8 +38,7 @@ def examples():
     return rng.integers(0, 256, (40, 1, 8, 8), dtype=np.uint8), labels
 
 
-@pytest.mark.parametrize("classes", [CLASSES, LONG])
-@pytest.mark.parametrize("wrong", [0, 7, 40])
+@pytest.mark.parametrize(("classes", "wrong"), [(CLASSES, 7), (LONG, 40), (LONG, 0)])
 def test_every_figure_can_be_saved(examples, classes, wrong, tmp_path):
     images, labels = examples
     probabilities = guesses(labels, wrong)
