@@ -10,12 +10,16 @@ A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionarie
     epoch         epochs finished
     metrics       the metrics of that epoch
     settings      the command line it was trained with
-    ...           what train_mamba.py needs to go on (optimizer, schedule, rng)
+
+<run-name>.last.pt has, for train_mamba.py to go on from, also the states of optimizer, scaler, rng and
+augmentation, and how far the run is: step, best_accuracy, sums, images and seconds of the epoch begun.
+The learning rate's schedule is a function of step.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -65,7 +69,8 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     except Exception as error:  # torch raises pickle, zip, runtime and key errors for broken files
         raise UserError(f"{path} is not a checkpoint of this project or is damaged "
                         f"({type(error).__name__}); choose another file") from error
-    if not isinstance(contents, dict) or any(key not in contents for key in REQUIRED):
+    if (not isinstance(contents, dict) or any(key not in contents for key in REQUIRED)
+            or not isinstance(contents["epoch"], int) or not isinstance(contents["settings"], dict)):
         raise UserError(f"{path} is not a checkpoint of this project; choose one that train_mamba.py wrote")
     if contents["format"] != FORMAT:
         raise UserError(f"{path} has checkpoint format {contents['format']}, this version reads {FORMAT}; "
@@ -84,3 +89,9 @@ def newest(folder: Path, unfinished: bool = False) -> Path:
         raise UserError(f"no {'.last.pt' if unfinished else '.pt'} checkpoint in {folder}; "
                         "train one with: python train_mamba.py")
     return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def is_run_name(name: str) -> bool:
+    """Whether a run's folder and its two checkpoints can be called `name`: one part of a path, not hidden."""
+    plain = re.fullmatch(r"\w[\w .,=@+-]*", name) is not None and len(name.encode()) <= 200
+    return plain and not name.endswith((" ", ".", ".last"))

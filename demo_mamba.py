@@ -12,13 +12,13 @@ report.json; of the second, image-<name>.png for each picture.
 from __future__ import annotations
 
 import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
+from errors import ArgumentParser, UserError, run_script  # isort: skip  (Ctrl-C is one line from here on)
 
 import argparse
 import dataclasses
 import json
 import math
 import os
-import platform
 import re
 import sys
 import warnings
@@ -34,7 +34,6 @@ import checkpoint
 import data
 import evaluate
 import figures
-from errors import ArgumentParser, UserError, run_script
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -101,7 +100,7 @@ class Demo:
         if logits.shape != (1, len(self.classes)):
             raise UserError(f"{path} names {len(self.classes)} classes, but its model has "
                             f"{logits.shape[-1]}; train it anew")
-        if Path(self.run_name).name != self.run_name:
+        if not checkpoint.is_run_name(self.run_name):
             raise UserError(f"{path} has the run name {self.run_name!r}, which is no folder's name; "
                             "train it anew")
         self.folder = runs_dir / self.run_name / "demo"
@@ -143,7 +142,7 @@ def test(demo: Demo) -> list[Path]:
         "architecture": demo.architecture,
         "epoch": demo.epoch,
         "dataset": demo.dataset_name,
-        "device": device_name(demo.device),
+        "device": evaluate.device_name(demo.device),
         "torch": torch.__version__,
         "test": {"accuracy": right / len(labels), "right": right, "images": len(labels),
                  "macro_f1": float(scores[2].mean())},
@@ -204,12 +203,6 @@ def performance_lines(costs: dict) -> list[tuple[str, str]]:
         lines.append((f"peak memory, {costs['peak_memory_of']}", f"{costs['peak_memory_mib']:,.0f} MiB"))
     return lines + [(f"images/s, batch {batch:,}", f"{rate:,.0f}")
                     for batch, rate in costs["images_per_second"].items()]
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type.upper()} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 # ------------------------------------------------------------------------------------------- your pictures

@@ -8,7 +8,10 @@ command never shows a traceback and never looks like success to a shell.
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
+import threading
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -29,10 +32,54 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run `main`; a `UserError` becomes one line on stderr and exit status 2."""
+    """Run `main`; what a person can mend becomes one line on stderr.
+
+    Exit status 2: a `UserError`, a full disk or a full memory. 130: Ctrl-C. 141, without a word: the
+    reader of the output has gone, as in `python train_mamba.py | head`.
+    """
+    threading.excepthook = _thread_failed
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
-        line = " ".join(str(error).split())
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it again
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(f"the disk is full ({error}); free space and go on with --resume, or write to another disk")
+    except (MemoryError, RuntimeError) as error:  # PyTorch has a RuntimeError for each device
+        if not isinstance(error, MemoryError) and not any(
+                words in str(error) for words in ("out of memory", "can't allocate memory")):
+            raise
+        _fail(f"the memory is full ({str(error)[:160]}); close other programs, or make batch or model smaller "
+              "by --batch-size or --d-model")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer thread hands a full disk on to the main thread, where it becomes one line."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
+
+
+def _interrupted(kind: type[BaseException], error: BaseException, trace) -> None:
+    """Ctrl-C while a script still imports its modules: one line, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _interrupted

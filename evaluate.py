@@ -168,9 +168,11 @@ def _peak_memory(device: torch.device) -> tuple[float | None, str]:
 def record_deltas(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Step sizes Δ of each state space of `model` on normalised `images`, a list of (b, l, e) float32.
 
-    Recorded from outside by hooks that are removed again; a model without a scan gives an empty list.
+    Recorded from outside by hooks that are removed again; a model without a scan gives an empty list. The
+    model is left in the mode that it came in.
     """
-    deltas, hooks = [], []
+    deltas, hooks, training = [], [], model.training
+    model.eval()  # or batch normalisation would learn from these images
 
     def hook(state_space: StateSpace):
         def record(_, __, projected: Tensor) -> None:
@@ -185,4 +187,5 @@ def record_deltas(model: nn.Module, images: Tensor) -> list[Tensor]:
     finally:
         for handle in hooks:
             handle.remove()
+        model.train(training)
     return deltas

@@ -15,29 +15,35 @@ from errors import UserError
 
 
 class RunLog:
-    """Writes one run's metrics and pictures.
+    """Writes one run's metrics and pictures. Use it by `with`, which writes out what is still in memory.
 
     metrics.jsonl holds one JSON object an epoch: epoch (from 1), train_loss, train_accuracy, val_loss,
-    val_accuracy, test_accuracy (fractions), learning_rate, images_per_second and seconds of that epoch.
+    val_accuracy, test_accuracy (fractions), learning_rate (of the last step), and of its training
+    images_per_second and seconds.
     """
 
     def __init__(self, folder: Path, first_epoch: int, first_step: int) -> None:
-        """Begin, or go on at epoch `first_epoch` and step `first_step` (both from 0): what was logged later
-        than that, by a run that was interrupted, is dropped.
+        """Begin, or go on after `first_epoch` epochs and `first_step` steps: what was logged later than that,
+        by a run that was interrupted, is dropped.
 
         Raises UserError where the folder cannot be written.
         """
         self.path = folder / "metrics.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["epoch"] <= first_epoch]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
-            self.writer = SummaryWriter(folder, purge_step=first_step if first_step else None)
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error}; choose another --runs-dir") from error
-        except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"{self.path} is damaged; move it away, or choose another --run-name") from error
+            lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            kept = [line for line in lines if _epoch(line) <= first_epoch]
+            if kept != lines or not lines:
+                self.path.write_text("".join(kept))
+            self.writer = SummaryWriter(folder, purge_step=first_step + 1 if first_step else None)
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"cannot write {self.path}: {error}; choose another --runs-dir") from error
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.writer.close()
 
     def step(self, step: int, loss: float, learning_rate: float, gradient_norm: float) -> None:
         self.writer.add_scalar("train/loss", loss, step)
@@ -50,8 +56,11 @@ class RunLog:
             self.writer.add_scalar(f"accuracy/{name.removesuffix('_accuracy')}", metrics[name], step)
         self.writer.add_scalar("val/loss", metrics["val_loss"], step)
         self.writer.add_scalar("speed/images_per_second", metrics["images_per_second"], step)
-        with self.path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error}; mend that and go on with --resume") from error
 
     def test(self, step: int, split: data.Split, probabilities: Tensor, classes: tuple[str, ...]) -> None:
         """Per-class accuracy, the confusion matrix and the worst mistakes; probabilities (N, classes)."""
@@ -67,13 +76,20 @@ class RunLog:
     def deltas(self, step: int, deltas: list[Tensor]) -> None:
         """How far the scan of each block steps: the histogram of log10 Δ, one tensor a block."""
         for index, delta in enumerate(deltas):
-            self.writer.add_histogram(f"log10_delta/block_{index + 1}", torch.log10(delta.clamp(min=1e-9)), step)
+            log10 = torch.log10(delta.clamp(min=1e-9))
+            self.writer.add_histogram(f"log10_delta/block_{index + 1}", log10, step)
 
-    def close(self, settings: dict, metrics: dict) -> None:
-        """Write the run's hyperparameters beside its final metrics (TensorBoard's HParams tab)."""
+    def hparams(self, settings: dict, metrics: dict) -> None:
+        """The run's settings beside its final metrics (TensorBoard's HParams tab)."""
         plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
                  for name, value in settings.items()}
         results = {f"final/{name}": value for name, value in metrics.items() if name.endswith("accuracy")}
-        if results:
-            self.writer.add_hparams(plain, results, run_name=".")
-        self.writer.close()
+        self.writer.add_hparams(plain, results, run_name=".")
+
+
+def _epoch(line: str) -> float:
+    """Whose epoch's metrics a line holds; infinity for a line cut short by a kill."""
+    try:
+        return json.loads(line)["epoch"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

@@ -11,14 +11,18 @@ only reported. checkpoints/<run-name>.pt is the best on validation, <run-name>.l
 
 from __future__ import annotations
 
-import cpu_settings  # noqa: F401, I001  (before torch: it reads them once)
+import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
+from errors import ArgumentParser, UserError, run_script  # isort: skip  (Ctrl-C is one line from here on)
 
 import argparse
 import math
+import os
 import random
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +35,6 @@ import checkpoint
 import data
 import evaluate
 import rng
-from errors import ArgumentParser, UserError, run_script
 from mamba_ssm_simple import SCANS, VisionMamba2
 from run_log import RunLog
 
@@ -49,90 +52,113 @@ def parse_arguments(saved: dict | None = None) -> argparse.Namespace:
     parser = ArgumentParser("Train VisionMamba2 on images.")
     add = parser.add_argument
     add("--dataset", choices=data.DATASETS, default="mnist", help="what to learn; digits needs no download")
-    add("--data-dir", type=Path, metavar="DIR", default=Path("data"), help="where datasets are kept, and "
-        "fetched to where missing")
+    add("--data-dir", type=Path, metavar="DIR", default=Path("data"),
+        help="where datasets are kept, and fetched to where missing")
     add("--epochs", type=positive_int, metavar="N", default=20, help="passes over the training images")
     add("--batch-size", type=positive_int, metavar="N", default=64, help="images a step")
-    add("--lr", type=positive_float, metavar="RATE", default=1e-3, help="peak learning rate of AdamW, after a "
-        "linear warm-up and before a cosine to a hundredth of it")
-    add("--weight-decay", type=non_negative_float, metavar="RATE", default=0.05, help="of AdamW, on matrices "
-        "alone: none on A_log, D, biases and norms")
+    add("--lr", type=positive_float, metavar="RATE", default=1e-3,
+        help="peak learning rate of AdamW, after a linear warm-up and before a cosine to a hundredth of it")
+    add("--weight-decay", type=non_negative_float, metavar="RATE", default=0.05,
+        help="of AdamW, on matrices alone: none on A_log, D, biases and norms")
     add("--d-model", type=positive_int, metavar="N", default=128, help="width of the tokens")
     add("--num-blocks", type=positive_int, metavar="N", default=4, help="Mamba blocks")
     add("--d-state", type=positive_int, metavar="N", default=16, help="states a channel")
-    add("--patch-size", type=positive_int, metavar="PIXELS", default=None, help="side of a token, a power of "
-        "two; MNIST: 4 gives 7×7 tokens, 2 gives 14×14 (None: the dataset's own, 4 for mnist, 2 for digits)")
-    add("--scan", choices=SCANS, default="cross", help="order in which tokens are read: each row its own "
-        "sequence; all of them row by row; successive blocks right, down, left, up")
-    add("--bidirectional", action=argparse.BooleanOptionalAction, default=False, help="read both ways in "
-        "every block")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="random shifts, turns, zooms "
-        "and shears of the training images")
-    add("--seed", type=int, metavar="N", default=0, help="of weights, order and augmentation")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto is CUDA where there is "
-        "one, else the CPU")
-    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto", help="mixed precision of matrix "
-        "products; auto is bf16 on CUDA and off elsewhere")
-    add("--limit-train", type=positive_int, metavar="N", default=None, help="use only the first N training "
-        "images (None: all)")
-    add("--run-name", metavar="NAME", default=None, help="names the run's folder and checkpoints "
-        "(None: dataset, date and time)")
-    add("--runs-dir", type=Path, metavar="DIR", default=Path("runs"), help="TensorBoard and metrics.jsonl go "
-        "into DIR/<run-name>")
-    add("--checkpoints-dir", type=Path, metavar="DIR", default=Path("checkpoints"), help="checkpoints go here")
+    add("--patch-size", type=power_of_two, metavar="PIXELS", default=None,
+        help="side of a token, a power of two; MNIST: 4 gives 7×7 tokens, 2 gives 14×14 (None: the dataset's "
+        "own, 4 for mnist, 2 for digits)")
+    add("--scan", choices=SCANS, default="cross",
+        help="order in which tokens are read: each row its own sequence; all of them row by row; successive "
+        "blocks right, down, left, up")
+    add("--bidirectional", action=argparse.BooleanOptionalAction, default=False,
+        help="read both ways in every block")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True,
+        help="random shifts, turns, zooms and shears of the training images")
+    add("--seed", type=seed, metavar="N", default=0, help="of weights, order and augmentation")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="auto is CUDA where there is one, else the CPU")
+    add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
+        help="mixed precision of matrix products; auto is bf16 on CUDA and off elsewhere")
+    add("--limit-train", type=positive_int, metavar="N", default=None,
+        help="use only the first N training images (None: all)")
+    add("--run-name", metavar="NAME", default=None,
+        help="names the run's folder and checkpoints (None: dataset, date and time)")
+    add("--runs-dir", type=Path, metavar="DIR", default=Path("runs"),
+        help="TensorBoard and metrics.jsonl go into DIR/<run-name>")
+    add("--checkpoints-dir", type=Path, metavar="DIR", default=Path("checkpoints"),
+        help="checkpoints go here")
     add("--resume", type=Path, metavar="PATH", nargs="?", const=Path("newest"), default=None,
         help="go on from a .last.pt; without PATH the newest in --checkpoints-dir (None: a new run)")
     return parser.parse_args(namespace=argparse.Namespace(**saved) if saved else None)
 
 
-def number(kind: type, lowest: float, inclusive: bool, what: str):
-    def parse(text: str):
+def number(kind: type, what: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+    """An argument's type that says, where the value does not fit, what it must be."""
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value < lowest or (value == lowest and not inclusive):
+        if not fits(value):
             raise argparse.ArgumentTypeError(f"must be {what}, but is {text!r}")
         return value
     return parse
 
 
-positive_int = number(int, 1, True, "a whole number from 1 on")
-positive_float = number(float, 0, False, "a number above 0")
-non_negative_float = number(float, 0, True, "a number from 0 on")
+positive_int = number(int, "a whole number from 1 to a billion", lambda value: 1 <= value <= 10**9)
+positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
+non_negative_float = number(float, "a number from 0 on", lambda value: 0 <= value < math.inf)
+power_of_two = number(int, "a power of two: 1, 2, 4, ...", lambda value: value in {2**i for i in range(16)})
+seed = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 
 def read_settings() -> tuple[argparse.Namespace, dict | None]:
-    """The run's settings, and the checkpoint it goes on from, if any.
+    """The run's settings, and the checkpoint it goes on from, if any; nothing is written.
 
     A resumed run keeps the settings it began with; asking for others is an error, not a silent change.
     """
     settings = parse_arguments()
     if settings.resume is None:
         settings.run_name = settings.run_name or time.strftime(f"{settings.dataset}-%Y%m%d-%H%M%S")
-        if Path(settings.run_name).name != settings.run_name:
-            raise UserError(f"--run-name {settings.run_name!r} is no plain folder name; leave out the slashes")
-        for path in (settings.checkpoints_dir / f"{settings.run_name}.last.pt",
-                     settings.runs_dir / settings.run_name / "metrics.jsonl"):
-            if path.exists():
-                raise UserError(f"{path} exists; go on with it by --resume, or choose another --run-name")
         return settings, None
-
     path = settings.resume
     if path == Path("newest"):
         path = checkpoint.newest(settings.checkpoints_dir, unfinished=True)
     resumed = checkpoint.load(path)
     if "optimizer" not in resumed:
         raise UserError(f"{path} holds no state of training to go on from; resume a .last.pt")
-    saved = {name: Path(value) if name.endswith("_dir") else value for name, value in resumed["settings"].items()}
-    settings = parse_arguments({name: value for name, value in saved.items()
-                                if name not in MAY_CHANGE_ON_RESUME})
+    saved = {name: Path(str(value)) if name.endswith("_dir") else value
+             for name, value in resumed["settings"].items()} | {"checkpoints_dir": path.parent}
+    settings = parse_arguments(saved)
     for name, value in saved.items():
         if name not in MAY_CHANGE_ON_RESUME and getattr(settings, name) != value:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is {value} in {path}; a resumed run keeps its settings, so leave {flag} out")
+            raise UserError(f"{flag} is {value} in {path}; a resumed run keeps its settings, so leave {flag} "
+                            "out or as it is")
     settings.resume = path
     return settings, resumed
+
+
+def run_paths(settings: argparse.Namespace) -> tuple[Path, Path, Path]:
+    """Where a run writes: its folder, its best checkpoint and its last."""
+    name, folder = settings.run_name, settings.checkpoints_dir
+    return settings.runs_dir / name, folder / f"{name}.pt", folder / f"{name}.last.pt"
+
+
+def check_paths(settings: argparse.Namespace) -> None:
+    """Raise UserError where the run would overwrite another one, or could not write; leaves no trace."""
+    if not checkpoint.is_run_name(settings.run_name):
+        raise UserError(f"--run-name {settings.run_name!r} cannot name a folder everywhere; use letters, "
+                        "digits, - and _")
+    paths = run_paths(settings)
+    for path, flag in zip(paths, ("--runs-dir", "--checkpoints-dir", "--checkpoints-dir"), strict=True):
+        try:
+            if settings.resume is None and path.exists():
+                raise UserError(f"{path} exists; choose another --run-name, or go on with that run by "
+                                f"--resume {paths[-1]}")
+            with tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())):
+                pass
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}; choose another {flag}") from error
 
 
 # ---- Training ---------------------------------------------------------------------------------------------
@@ -140,69 +166,90 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
 
 def main() -> None:
     settings, resumed = read_settings()
+    if resumed and resumed["epoch"] >= settings.epochs:
+        print(f"{settings.run_name} has finished its {settings.epochs} epochs; see it with: "
+              f"python demo_mamba.py --checkpoint {run_paths(settings)[1]}")
+        return
     device = evaluate.pick_device(settings.device)
+    check_paths(settings)
     random.seed(settings.seed)
-    np.random.seed(settings.seed % 2**32)
+    np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
 
+    config, model = build_model(settings, device)
     dataset = data.load(settings.dataset, settings.data_dir, device, settings.limit_train)
-    entry = data.DATASETS[settings.dataset]
-    config = {"num_classes": len(dataset.classes), "d_model": settings.d_model,
-              "num_blocks": settings.num_blocks, "in_channels": entry.in_channels,
-              "patch_size": settings.patch_size or entry.patch_size, "scan": settings.scan,
-              "d_state": settings.d_state, "bidirectional": settings.bidirectional}
-    try:
-        model = VisionMamba2(**config).to(device)
-    except ValueError as error:
-        raise UserError(f"{error}; change it on the command line") from error
-
     training = Training(model, dataset, settings, device)
     if resumed:
         training.load(resumed)
-    log = RunLog(settings.runs_dir / settings.run_name, training.epoch, training.step)
-    base = {"architecture": "mamba", "config": config,
-            "dataset": {"name": dataset.name, "classes": list(dataset.classes), "mean": list(dataset.mean),
-                        "std": list(dataset.std)},
-            "settings": {name: str(value) if isinstance(value, Path) else value
-                         for name, value in vars(settings).items() if name != "resume"}}
-    last = settings.checkpoints_dir / f"{settings.run_name}.last.pt"
-    best = settings.checkpoints_dir / f"{settings.run_name}.pt"
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{settings.run_name}: {dataset.name}, {len(dataset.train.labels):,} training images, "
-          f"{parameters:,} parameters, {evaluate.device_name(device)}, {settings.epochs} epochs")
+    about = {"architecture": "mamba", "config": config,
+             "dataset": {"name": dataset.name, "classes": list(dataset.classes), "mean": list(dataset.mean),
+                         "std": list(dataset.std)},
+             "settings": {name: str(value) if isinstance(value, Path) else value
+                          for name, value in vars(settings).items() if name != "resume"}}
+    with RunLog(run_paths(settings)[0], training.epoch, training.step) as log, StopRequest() as stop:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{settings.run_name}: {dataset.name}, {len(dataset.train.labels):,} training images, "
+              f"{parameters:,} parameters, {evaluate.device_name(device)}, {settings.epochs} epochs",
+              flush=True)
+        train(training, about, log, stop)
 
-    metrics = resumed["metrics"] if resumed else {}
+
+def build_model(settings: argparse.Namespace, device: torch.device) -> tuple[dict, VisionMamba2]:
+    """The arguments of the model and the model. Raises UserError where they make none."""
+    entry = data.DATASETS[settings.dataset]
+    config = {"num_classes": len(entry.classes), "d_model": settings.d_model,
+              "num_blocks": settings.num_blocks, "in_channels": entry.in_channels,
+              "patch_size": settings.patch_size or entry.patch_size, "scan": settings.scan,
+              "d_state": settings.d_state, "bidirectional": settings.bidirectional}
+    if config["patch_size"] >= entry.image_size:
+        raise UserError(f"--patch-size {config['patch_size']} makes one token of an image of "
+                        f"{entry.image_size} pixels a side, which leaves nothing to scan; lower it")
+    if settings.d_model < config["patch_size"] // 2:
+        raise UserError(f"--d-model {settings.d_model} is too narrow for --patch-size {config['patch_size']}; "
+                        f"use at least {config['patch_size'] // 2}")
+    try:
+        return config, VisionMamba2(**config).to(device)
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        raise UserError(f"no model can be built with these settings ({str(error)[:160]}); lower --d-model, "
+                        "--num-blocks or --d-state") from error
+
+
+def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> None:
+    """Train to the last epoch or, with exit status 130, to where a stop was asked for. Saves either way."""
+    settings, model, dataset, device = training.settings, training.model, training.dataset, training.device
+    _, best, last = run_paths(settings)
     examples = data.normalize(dataset.val.images[:64], dataset.mean, dataset.std)
-    with StopRequest() as stop:
-        while training.epoch < settings.epochs:
-            started = time.perf_counter()
-            finished = training.run_epoch(log, stop)
-            if not finished:
-                checkpoint.save(last, {**base, **training.state(), "metrics": metrics})
-                log.writer.close()
-                print(f"\nstopped in epoch {training.epoch + 1}; go on with: python train_mamba.py --resume {last}")
-                sys.exit(130)
-            seconds = time.perf_counter() - started
-            val, test = (evaluate.predict(model, split, dataset, device) for split in (dataset.val, dataset.test))
-            metrics = {"epoch": training.epoch, **training.summary(),
-                       "val_loss": negative_log_likelihood(val, dataset.val.labels),
-                       "val_accuracy": accuracy(val, dataset.val.labels),
-                       "test_accuracy": accuracy(test, dataset.test.labels),
-                       "images_per_second": training.images / seconds, "seconds": seconds}
+    while training.epoch < settings.epochs:
+        finished = training.run_epoch(log, stop)
+        if finished:
+            val, test = (evaluate.predict(model, split, dataset, device)
+                         for split in (dataset.val, dataset.test))
+            training.metrics = metrics = {
+                "epoch": training.epoch, **training.summary(),
+                "val_loss": negative_log_likelihood(val, dataset.val.labels),
+                "val_accuracy": accuracy(val, dataset.val.labels),
+                "test_accuracy": accuracy(test, dataset.test.labels),
+                "images_per_second": training.images / training.seconds, "seconds": training.seconds}
+            training.check_finite(metrics["val_loss"])
             log.epoch(training.step, metrics)
             log.test(training.step, dataset.test, test, dataset.classes)
             log.deltas(training.step, evaluate.record_deltas(model, examples))
             if metrics["val_accuracy"] > training.best_accuracy:
                 training.best_accuracy = metrics["val_accuracy"]
-                checkpoint.save(best, {**base, "model": model.state_dict(), "epoch": training.epoch,
+                checkpoint.save(best, {**about, "model": model.state_dict(), "epoch": training.epoch,
                                        "metrics": metrics})
-            checkpoint.save(last, {**base, **training.state(), "metrics": metrics})
+        checkpoint.save(last, {**about, **training.state()})
+        if finished:
             print(f"epoch {training.epoch:{len(str(settings.epochs))}}/{settings.epochs}  "
                   f"loss {metrics['train_loss']:.4f}  validation {metrics['val_accuracy']:.2%}  "
-                  f"test {metrics['test_accuracy']:.2%}  {seconds:.0f} s")
-    log.close(base["settings"], metrics)
+                  f"test {metrics['test_accuracy']:.2%}  {training.seconds:.0f} s", flush=True)
+        if stop.asked and training.epoch < settings.epochs:
+            where = f"after epoch {training.epoch}" if finished else f"in epoch {training.epoch + 1}"
+            print(f"stopped {where}; go on with: python train_mamba.py --resume {last}")
+            sys.exit(130)
+    log.hparams(about["settings"], training.metrics)
     print(f"best on validation: {best}\nsee it with: python demo_mamba.py --checkpoint {best}")
 
 
@@ -223,18 +270,21 @@ class Training:
         self.best_accuracy = -1.0
         # The order of an epoch comes from seed and epoch, so that a resumed run finds it again.
         self.augmentation = torch.Generator(device).manual_seed(settings.seed)
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss and hits of this epoch's images
-        self.images = 0          # images of this epoch so far
+        # Of this epoch so far: sums of loss and hits over its images, their number, seconds spent.
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(2, dtype=precise, device=device)
+        self.images, self.seconds = 0, 0.0
+        self.metrics: dict = {}  # of the last epoch finished
 
     def run_epoch(self, log: RunLog, stop: StopRequest) -> bool:
         """Train to the end of the epoch; False where a stop was asked for before."""
         done = self.step - self.epoch * self.steps_an_epoch
         if done == 0:
             self.sums.zero_()
-            self.images = 0
+            self.images, self.seconds = 0, 0.0
         order = torch.Generator(self.device).manual_seed(self.settings.seed * 100_003 + self.epoch)
         self.model.train()
-        seen, started = self.images, time.perf_counter()
+        started = time.perf_counter() - self.seconds  # as if the epoch had not been interrupted
         with tqdm(total=self.steps_an_epoch, initial=done, unit="step", disable=None, leave=False,
                   desc=f"epoch {self.epoch + 1}/{self.settings.epochs}") as bar:
             for index, (images, labels) in enumerate(data.epoch_batches(self.dataset.train,
@@ -243,9 +293,15 @@ class Training:
                     continue
                 loss, norm = self.train_step(images, labels)
                 bar.update()
-                if self.step % LOG_EVERY == 0 or index + 1 == self.steps_an_epoch:
-                    self.report(log, bar, loss, norm, (self.images - seen) / (time.perf_counter() - started))
-                if stop.asked and index + 1 < self.steps_an_epoch:
+                last = index + 1 == self.steps_an_epoch
+                if self.step % LOG_EVERY == 0 or last or stop.asked:
+                    value = loss.item()  # waits for the device
+                    self.check_finite(value)
+                    self.seconds = time.perf_counter() - started
+                    log.step(self.step, value, self.summary()["learning_rate"], float(norm))
+                    bar.set_postfix_str(f"loss {value:.4f}, accuracy {self.summary()['train_accuracy']:.2%}, "
+                                        f"{self.images / self.seconds:,.0f} images/s")
+                if stop.asked and not last:
                     return False
         self.epoch += 1
         return True
@@ -268,7 +324,7 @@ class Training:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         hits = (logits.argmax(1) == labels).sum()
-        self.sums += torch.stack([loss.detach().double() * len(labels), hits.double()])
+        self.sums += torch.stack([loss.detach() * len(labels), hits]).to(self.sums.dtype)
         self.images += len(labels)
         self.step += 1
         return loss.detach(), norm
@@ -282,28 +338,25 @@ class Training:
         progress = (self.step - warm_up) / max(1, total - warm_up)
         return self.settings.lr * (LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def report(self, log: RunLog, bar: tqdm, loss: Tensor, norm: Tensor, rate: float) -> None:
-        """Look at the device: bar and TensorBoard; raises UserError where the loss is no number any more."""
-        value = loss.item()
-        if not math.isfinite(value):
-            raise UserError(f"the loss is {value} at step {self.step} with learning rate "
-                            f"{self.learning_rate():.2e}; lower --lr or use --amp off, and go on from the last "
-                            f"good checkpoint in {self.settings.checkpoints_dir}")
-        log.step(self.step, value, self.learning_rate(), float(norm))
-        bar.set_postfix_str(f"loss {value:.4f}, accuracy {self.summary()['train_accuracy']:.2%}, "
-                            f"{rate:,.0f} images/s")
+    def check_finite(self, loss: float) -> None:
+        """Raises UserError where the loss is no number any more."""
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {self.step}; begin a new run with a lower --lr than "
+                            f"{self.settings.lr:g} or with --amp off")
 
     def summary(self) -> dict:
         """Mean loss and accuracy over the epoch's images so far (augmented, as they were trained on)."""
         loss, hits = (self.sums / max(1, self.images)).tolist()
-        return {"train_loss": loss, "train_accuracy": hits, "learning_rate": self.learning_rate()}
+        return {"train_loss": loss, "train_accuracy": hits,
+                "learning_rate": self.optimizer.param_groups[0]["lr"]}
 
     def state(self) -> dict:
         """Everything that a run interrupted here needs to go on as if it had not been."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(), "rng": rng.state(self.device),
                 "augmentation": self.augmentation.get_state(), "epoch": self.epoch, "step": self.step,
-                "best_accuracy": self.best_accuracy, "sums": self.sums, "images": self.images}
+                "best_accuracy": self.best_accuracy, "sums": self.sums, "images": self.images,
+                "seconds": self.seconds, "metrics": self.metrics}
 
     def load(self, contents: dict) -> None:
         """Go back to a `state`. Raises UserError where it does not fit the model."""
@@ -315,7 +368,8 @@ class Training:
             self.augmentation.set_state(contents["augmentation"])
             self.sums = contents["sums"].to(self.device)
             self.epoch, self.step, self.images = contents["epoch"], contents["step"], contents["images"]
-            self.best_accuracy = contents["best_accuracy"]
+            self.best_accuracy, self.seconds = contents["best_accuracy"], contents["seconds"]
+            self.metrics = contents["metrics"]
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"the state in {self.settings.resume} does not fit this version or device "
                             f"({type(error).__name__}: {str(error)[:160]}); train anew") from error
@@ -347,7 +401,7 @@ def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
 
 
 class StopRequest:
-    """Whether Ctrl-C was pressed. Within `with`, the first one asks; a second one stops at once."""
+    """Whether Ctrl-C was pressed. Within `with`, the first one asks; a second one stops at once, unsaved."""
 
     asked = False
 
@@ -362,6 +416,8 @@ class StopRequest:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping as soon as the state can be saved; Ctrl-C again stops at once, unsaved\n")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def selective_scan(
         ValueError: a shape that does not fit, an empty dimension, or tensors on different devices.
         TypeError: an argument that is not a real floating-point tensor.
     """
-    name = choose_implementation(u)
+    name = choose_implementation(u) if isinstance(u, Tensor) else "none"  # _check raises before it is used
     return run_implementation(name, u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
 
 

@@ -15,45 +15,77 @@ States and sums are float32 whatever the inputs are.
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:  # Triton's interpreter runs the same source on a CPU; layouts mean nothing there
+    import triton.language as gl
+    from triton import jit
+
+    def arange(size, layout):
+        return gl.arange(0, size)
+else:
+    from triton.experimental.gluon import jit
+    from triton.experimental.gluon import language as gl
+
+    @jit
+    def arange(size: constexpr, layout: constexpr):
+        return gl.arange(0, size, layout)
 
 CHUNK = 8                # steps between state checkpoints
+UNROLL = 4               # steps whose inputs the forward loads at a time; divides CHUNK
 KEPT = 4                 # steps whose states the backward keeps in registers at a time; divides CHUNK
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+LOG2_E = constexpr(1.4426950408889634)
+LN_2 = constexpr(0.6931471805599453)
 
 
 class Plan(NamedTuple):
-    """How a shape is cut into programs."""
+    """How a shape is cut into programs, and a program's tile [n, channels] into threads."""
 
-    channels: int       # channels of one program
-    warps: int
-    segment: int        # steps of one segment of time, a multiple of CHUNK
+    thread_channels: int   # channels of one thread
+    lanes_n: int           # lanes of a warp along the states; the others lie along the channels
+    warps: int             # along the channels
+    segment: int           # steps of one segment of time, a multiple of CHUNK
+
+    @property
+    def block(self) -> int:
+        """Channels of one program."""
+        return self.thread_channels * (32 // self.lanes_n) * self.warps
+
+    def arguments(self, n: int) -> dict:
+        """What a kernel takes of it, for n states."""
+        N = max(self.lanes_n, triton.next_power_of_2(n))
+        along_n = along_e = None
+        if not INTERPRETED:
+            tile = gl.BlockedLayout([N // self.lanes_n, self.thread_channels], [self.lanes_n, 32 // self.lanes_n],
+                                    [1, self.warps], [1, 0])
+            along_n, along_e = gl.SliceLayout(1, tile), gl.SliceLayout(0, tile)
+        return {"N": N, "BLOCK": self.block, "ALONG_N": along_n, "ALONG_E": along_e, "num_warps": self.warps}
 
 
 def _plan(batch: int, length: int, channels: int, backward: bool) -> Plan:
     """The one place where a shape chooses its kernel configuration."""
-    block = 32
-    programs = batch * triton.cdiv(channels, block)
+    plan = Plan(4, 4, 1, 0)
+    programs = batch * triton.cdiv(channels, plan.block)
     # A step waits for memory and for the step before it: some 2,000 programs hide that on 132 processors.
     segments = max(1, min(2048 // programs, length // 64))
-    segment = triton.cdiv(triton.cdiv(length, segments), CHUNK) * CHUNK
-    return Plan(block, 1, segment)
+    return plan._replace(segment=triton.cdiv(triton.cdiv(length, segments), CHUNK) * CHUNK)
 
 
 # ---- Pieces of a step --------------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit
 def softplus(x):
     """log(1 + e^x) = max(x, 0) + log1p(y), y = e^−|x|, by a minimax polynomial in y: log(1 + y) would lose the
     digits of a small Δ."""
-    y = tl.exp2(-tl.abs(x) * LOG2_E)
+    y = gl.exp2(-gl.abs(x) * LOG2_E)
     p = 0.00512610214 * y - 0.0290740647
     p = p * y + 0.0775160868
     p = p * y - 0.136022476
@@ -62,250 +94,302 @@ def softplus(x):
     p = p * y + 0.333181217
     p = p * y - 0.49999445
     p = p * y + 0.999999966
-    return tl.maximum(x, 0.0) + y * p
+    return gl.maximum(x, 0.0) + y * p
 
 
-@triton.jit
+@jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(-x * LOG2_E))
+    return 1.0 / (1.0 + gl.exp2(-x * LOG2_E))
 
 
-@triton.jit
-def step_size(pointer, bias, inside, SOFTPLUS: tl.constexpr):
-    """Δ of one step (0 outside: the state then stays as it is), and its derivative by what came in."""
-    raw = tl.load(pointer, mask=inside, other=0.0).to(tl.float32) + bias
+@jit
+def load_step(pointers, index, limit):
+    """One step's channels or states as float32, 0 from `limit` on."""
+    return gl.load(pointers, mask=index < limit, other=0.0).to(gl.float32)
+
+
+@jit
+def step_size(raw, bias, e, limit, SOFTPLUS: constexpr):
+    """Δ from what came in; 0 from `limit` on, where the state then stays as it is."""
+    raw += bias
     if SOFTPLUS:
-        return tl.where(inside, softplus(raw), 0.0), sigmoid(raw)
-    else:
-        return tl.where(inside, raw, 0.0), tl.full(raw.shape, 1.0, tl.float32)
+        raw = softplus(raw)
+    return gl.where(e < limit, raw, 0.0)
 
 
-@triton.jit
-def load_weights(A, D, bias, e, n, e_inside, n_inside, N_STATE, HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr):
+@jit
+def load_weights(A, D, bias, e, n, e_inside, n_inside, N_STATE, HAS_D: constexpr, HAS_BIAS: constexpr):
     """A·log₂e as [n, channels], D and Δ bias as [channels], 0 where absent."""
     inside = n_inside[:, None] & e_inside[None, :]
-    A2 = tl.load(A + e[None, :] * N_STATE + n[:, None], mask=inside, other=0.0).to(tl.float32) * LOG2_E
-    D_e = tl.zeros(e.shape, tl.float32)
+    A2 = gl.load(A + e[None, :] * N_STATE + n[:, None], mask=inside, other=0.0).to(gl.float32) * LOG2_E
+    D_e = (e * 0).to(gl.float32)
     if HAS_D:
-        D_e = tl.load(D + e, mask=e_inside, other=0.0).to(tl.float32)
-    bias_e = tl.zeros(e.shape, tl.float32)
+        D_e = gl.load(D + e, mask=e_inside, other=0.0).to(gl.float32)
+    bias_e = (e * 0).to(gl.float32)
     if HAS_BIAS:
-        bias_e = tl.load(bias + e, mask=e_inside, other=0.0).to(tl.float32)
+        bias_e = gl.load(bias + e, mask=e_inside, other=0.0).to(gl.float32)
     return A2, D_e, bias_e
 
 
-@triton.jit
-def advance(h, t, u_t, delta_t, B_t, A2, bias_e, e, n, channels, N_STATE, stop, SOFTPLUS: tl.constexpr):
-    """The state after step t, from pointers to its inputs; from `stop` on the state stays. Also u and Δ."""
-    now = e < tl.where(t < stop, channels, 0)
-    x = tl.load(u_t + e, mask=now, other=0.0).to(tl.float32)
-    dt, _ = step_size(delta_t + e, bias_e, now, SOFTPLUS)
-    b = tl.load(B_t + n, mask=n < tl.where(t < stop, N_STATE, 0), other=0.0).to(tl.float32)
-    return tl.exp2(dt[None, :] * A2) * h + (dt * x)[None, :] * b[:, None], x, dt
+@jit
+def advance(h, dt, x, B_t, A2):
+    """h_t = exp(Δ_t A) h_{t−1} + x_t B_t, with x = Δ u."""
+    return gl.exp2(dt[None, :] * A2) * h + x[None, :] * B_t[:, None]
 
 
 # ---- Forward -----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit
 def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, checkpoints,
                    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
                    length, channels, N_STATE, segment, segments,
-                   HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-                   SAVE: tl.constexpr, SEGMENTED: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
-                   CHUNK: tl.constexpr):
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = (tl.program_id(1) // segments).to(tl.int64)
-    part = tl.program_id(1) % segments
-    n = tl.arange(0, N)
+                   ALIGN: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
+                   SAVE: constexpr, SEGMENTED: constexpr, N: constexpr, BLOCK: constexpr, ALONG_N: constexpr,
+                   ALONG_E: constexpr,
+                   CHUNK: constexpr, UNROLL: constexpr):
+    e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
+    b = (gl.program_id(1) // segments).to(gl.int64)
+    part = gl.program_id(1) % segments
+    n = arange(N, ALONG_N)
     e_inside, n_inside = e < channels, n < N_STATE
     inside = n_inside[:, None] & e_inside[None, :]
     A2, D_e, bias_e = load_weights(A, D, bias, e, n, e_inside, n_inside, N_STATE, HAS_D, HAS_BIAS)
     states = n[:, None] * channels + e[None, :]
 
-    h = tl.zeros((N, BLOCK), tl.float32)
-    if SEGMENTED:
-        h = tl.load(entering + (b * segments + part) * N_STATE * channels + states, mask=inside, other=0.0)
     start = part * segment
-    stop = tl.minimum(start + segment, length)
-    for first in range(start, stop, CHUNK):
+    stop = gl.minimum(start + segment, length)
+    u_t, delta_t = u + b * u_b + start * u_l + e, delta + b * delta_b + start * delta_l + e
+    B_l, C_l = B_l * ALIGN, C_l * ALIGN
+    B_t, C_t = B + b * B_b * ALIGN + start * B_l + n, C + b * C_b * ALIGN + start * C_l + n
+    z_t, out_t = z + b * z_b + start * z_l + e, out + (b * length + start) * channels + e
+    h = gl.zeros_like(A2)
+    if SEGMENTED:
+        h = gl.load(entering + (b * segments + part) * N_STATE * channels + states, mask=inside, other=0.0)
+    for first in range(start, stop, UNROLL):
         if SAVE:
-            if first > 0:
+            if (first > 0) & (first % CHUNK == 0):
                 at = (b * ((length - 1) // CHUNK) + first // CHUNK - 1) * N_STATE * channels
-                tl.store(checkpoints + at + states, h, mask=inside)
-        for k in tl.static_range(CHUNK):
-            t = first + k
-            now = e < tl.where(t < stop, channels, 0)
-            n_now = n < tl.where(t < stop, N_STATE, 0)
-            h, u_t, _ = advance(h, t, u + b * u_b + t * u_l, delta + b * delta_b + t * delta_l,
-                                B + b * B_b + t * B_l, A2, bias_e, e, n, channels, N_STATE, stop, SOFTPLUS)
-            C_t = tl.load(C + b * C_b + t * C_l + n, mask=n_now, other=0.0).to(tl.float32)
-            y = tl.sum(h * C_t[:, None], axis=0) + D_e * u_t
+                gl.store(checkpoints + at + states, h, mask=inside)
+        # All loads of some steps before the first use: a step alone would wait for memory.
+        us, deltas, zs, Bs, Cs = (), (), (), (), ()
+        for k in gl.static_range(UNROLL):
+            more = first + k < stop
+            e_limit, n_limit = gl.where(more, channels, 0), gl.where(more, N_STATE, 0)
+            us = us + (load_step(u_t, e, e_limit),)
+            deltas = deltas + (load_step(delta_t, e, e_limit),)
+            Bs = Bs + (load_step(B_t, n, n_limit),)
+            Cs = Cs + (load_step(C_t, n, n_limit),)
+            u_t, delta_t, B_t, C_t = u_t + u_l, delta_t + delta_l, B_t + B_l, C_t + C_l
             if HAS_Z:
-                z_t = tl.load(z + b * z_b + t * z_l + e, mask=now, other=0.0).to(tl.float32)
-                y = y * z_t * sigmoid(z_t)
-            tl.store(out + (b * length + t) * channels + e, y.to(out.dtype.element_ty), mask=now)
+                zs = zs + (load_step(z_t, e, e_limit),)
+                z_t += z_l
+        for k in gl.static_range(UNROLL):
+            e_limit = gl.where(first + k < stop, channels, 0)
+            dt = step_size(deltas[k], bias_e, e, e_limit, SOFTPLUS)
+            h = advance(h, dt, dt * us[k], Bs[k], A2)
+            y = gl.sum(h * Cs[k][:, None], axis=0) + D_e * us[k]
+            if HAS_Z:
+                y = y * zs[k] * sigmoid(zs[k])
+            gl.store(out_t, y.to(out.dtype.element_ty), mask=e < e_limit)
+            out_t += channels
     if stop == length:
-        tl.store(last_state + b * N_STATE * channels + states, h, mask=inside)
+        gl.store(last_state + b * N_STATE * channels + states, h, mask=inside)
 
 
 # ---- Backward ----------------------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit
 def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
                     du, ddelta, dA, dB, dC, dD, dz, dbias,
                     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dout_b, dout_l,
                     length, channels, N_STATE, segment, segments, batch,
-                    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr,
-                    HAS_LEAVING: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-                    KEPT: tl.constexpr):
+                    ALIGN: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
+                    HAS_LEAVING: constexpr, N: constexpr, BLOCK: constexpr, ALONG_N: constexpr,
+                   ALONG_E: constexpr, CHUNK: constexpr,
+                    KEPT: constexpr):
     """With g_t = ∂loss/∂h_t = C_t ∂y_t + exp(Δ_{t+1} A) g_{t+1}:
     ∂B_t = Σ_e g_t Δ_t u_t,  ∂C_t = Σ_e h_t ∂y_t,  ∂(Δ_t A) = g_t exp(Δ_t A) h_{t−1},  ∂(Δ_t u_t) = Σ_n g_t B_t.
 
     `leaving` holds exp(Δ_{t+1} A) g_{t+1} at the last step t of each segment.
     """
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = (tl.program_id(1) // segments).to(tl.int64)
-    part = tl.program_id(1) % segments
-    n = tl.arange(0, N)
+    e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
+    b = (gl.program_id(1) // segments).to(gl.int64)
+    part = gl.program_id(1) % segments
+    n = arange(N, ALONG_N)
     e_inside, n_inside = e < channels, n < N_STATE
     inside = n_inside[:, None] & e_inside[None, :]
     A2, D_e, bias_e = load_weights(A, D, bias, e, n, e_inside, n_inside, N_STATE, HAS_D, HAS_BIAS)
     states = n[:, None] * channels + e[None, :]
-    block = tl.program_id(0).to(tl.int64)
+    block = gl.program_id(0).to(gl.int64)
 
-    g = tl.zeros((N, BLOCK), tl.float32)
+    u_0, delta_0, z_0 = u + b * u_b + e, delta + b * delta_b + e, z + b * z_b + e
+    dout_0 = dout + b * dout_b + e
+    B_l, C_l = B_l * ALIGN, C_l * ALIGN
+    B_0, C_0 = B + b * B_b * ALIGN + n, C + b * C_b * ALIGN + n
+    of_b = b * length * channels + e
+    du_0, ddelta_0, dz_0 = du + of_b, ddelta + of_b, dz + of_b
+    of_b = (block * batch + b) * length * N_STATE + n
+    dB_0, dC_0 = dB + of_b, dC + of_b
+    g = gl.zeros_like(A2)
     if HAS_LEAVING:
-        g = tl.load(leaving + (b * segments + part) * N_STATE * channels + states, mask=inside, other=0.0)
-    dA_sum = tl.zeros((N, BLOCK), tl.float32)
-    dD_sum = tl.zeros((BLOCK,), tl.float32)
-    dbias_sum = tl.zeros((BLOCK,), tl.float32)
+        g = gl.load(leaving + (b * segments + part) * N_STATE * channels + states, mask=inside, other=0.0)
+    dA_sum = gl.zeros_like(A2)
+    dD_sum = gl.zeros_like(D_e)
+    dbias_sum = gl.zeros_like(D_e)
     start = part * segment
-    stop = tl.minimum(start + segment, length)
-    kept_chunks = tl.cdiv(stop - start, KEPT)
+    stop = gl.minimum(start + segment, length)
+    kept_chunks = gl.cdiv(stop - start, KEPT)
     for i in range(kept_chunks):
         first = start + (kept_chunks - 1 - i) * KEPT
         begin = first // CHUNK * CHUNK
-        h = tl.zeros((N, BLOCK), tl.float32)
+        h = gl.zeros_like(A2)
         if begin > 0:
             at = (b * ((length - 1) // CHUNK) + begin // CHUNK - 1) * N_STATE * channels
-            h = tl.load(checkpoints + at + states, mask=inside, other=0.0)
+            h = gl.load(checkpoints + at + states, mask=inside, other=0.0)
         for t in range(begin, first):
-            h, _, _ = advance(h, t, u + b * u_b + t * u_l, delta + b * delta_b + t * delta_l,
-                              B + b * B_b + t * B_l, A2, bias_e, e, n, channels, N_STATE, stop, SOFTPLUS)
+            dt = step_size(load_step(delta_0 + t * delta_l, e, channels), bias_e, e, channels, SOFTPLUS)
+            x = dt * load_step(u_0 + t * u_l, e, channels)
+            h = advance(h, dt, x, load_step(B_0 + t * B_l, n, N_STATE), A2)
+        us, raws, dts, Bs = (), (), (), ()
+        u_t, delta_t, B_t = u_0 + first * u_l, delta_0 + first * delta_l, B_0 + first * B_l
+        for k in gl.static_range(KEPT):
+            more = first + k < stop
+            e_limit = gl.where(more, channels, 0)
+            us = us + (load_step(u_t, e, e_limit),)
+            raws = raws + (load_step(delta_t, e, e_limit),)
+            Bs = Bs + (load_step(B_t, n, gl.where(more, N_STATE, 0)),)
+            u_t, delta_t, B_t = u_t + u_l, delta_t + delta_l, B_t + B_l
         hs = (h,)
-        for k in tl.static_range(KEPT - 1):
-            t = first + k
-            h, _, _ = advance(h, t, u + b * u_b + t * u_l, delta + b * delta_b + t * delta_l,
-                              B + b * B_b + t * B_l, A2, bias_e, e, n, channels, N_STATE, stop, SOFTPLUS)
-            hs = hs + (h,)
-        for back in tl.static_range(KEPT):
-            before = hs[KEPT - 1 - back]
-            t = first + KEPT - 1 - back
-            now = e < tl.where(t < stop, channels, 0)
-            n_now = n < tl.where(t < stop, N_STATE, 0)
-            u_t = tl.load(u + b * u_b + t * u_l + e, mask=now, other=0.0).to(tl.float32)
-            dt, slope = step_size(delta + b * delta_b + t * delta_l + e, bias_e, now, SOFTPLUS)
-            B_t = tl.load(B + b * B_b + t * B_l + n, mask=n_now, other=0.0).to(tl.float32)
-            C_t = tl.load(C + b * C_b + t * C_l + n, mask=n_now, other=0.0).to(tl.float32)
-            dy = tl.load(dout + b * dout_b + t * dout_l + e, mask=now, other=0.0).to(tl.float32)
-            x = dt * u_t
-            decay = tl.exp2(dt[None, :] * A2)
-            carried_h = decay * before
-            h = carried_h + x[None, :] * B_t[:, None]
-            row = (b * length + t) * channels + e
+        for k in gl.static_range(KEPT):
+            e_limit = gl.where(first + k < stop, channels, 0)
+            dts = dts + (step_size(raws[k], bias_e, e, e_limit, SOFTPLUS),)
+            if k < KEPT - 1:
+                h = advance(h, dts[k], dts[k] * us[k], Bs[k], A2)
+                hs = hs + (h,)
+        Cs, dys, zs = (), (), ()
+        C_t, dout_t, z_t = C_0 + first * C_l, dout_0 + first * dout_l, z_0 + first * z_l
+        for k in gl.static_range(KEPT):
+            more = first + k < stop
+            e_limit = gl.where(more, channels, 0)
+            Cs = Cs + (load_step(C_t, n, gl.where(more, N_STATE, 0)),)
+            dys = dys + (load_step(dout_t, e, e_limit),)
+            C_t, dout_t = C_t + C_l, dout_t + dout_l
             if HAS_Z:
-                z_t = tl.load(z + b * z_b + t * z_l + e, mask=now, other=0.0).to(tl.float32)
-                y = tl.sum(h * C_t[:, None], axis=0) + D_e * u_t
-                gate = sigmoid(z_t)
-                silu = z_t * gate
-                tl.store(dz + row, (dy * y * (gate + silu * (1.0 - gate))).to(dz.dtype.element_ty), mask=now)
+                zs = zs + (load_step(z_t, e, e_limit),)
+                z_t += z_l
+        along_e, along_n = (first + KEPT - 1) * channels, (first + KEPT - 1) * N_STATE
+        du_t, ddelta_t, dz_t = du_0 + along_e, ddelta_0 + along_e, dz_0 + along_e
+        dB_t, dC_t = dB_0 + along_n, dC_0 + along_n
+        for back in gl.static_range(KEPT):
+            more = first + KEPT - 1 - back < stop
+            now, n_now = e < gl.where(more, channels, 0), n < gl.where(more, N_STATE, 0)
+            u_, dt, dy = us[KEPT - 1 - back], dts[KEPT - 1 - back], dys[KEPT - 1 - back]
+            B_, C_ = Bs[KEPT - 1 - back][:, None], Cs[KEPT - 1 - back][:, None]
+            x = dt * u_
+            decay = gl.exp2(dt[None, :] * A2)
+            carried_h = decay * hs[KEPT - 1 - back]
+            h = carried_h + x[None, :] * B_
+            if HAS_Z:
+                z_ = zs[KEPT - 1 - back]
+                y = gl.sum(h * C_, axis=0) + D_e * u_
+                gate = sigmoid(z_)
+                silu = z_ * gate
+                gl.store(dz_t, (dy * y * (gate + silu * (1.0 - gate))).to(dz.dtype.element_ty), mask=now)
+                dz_t -= channels
                 dy = dy * silu
-            g += C_t[:, None] * dy[None, :]
-            at = ((block * batch + b) * length + t) * N_STATE + n
-            tl.store(dC + at, tl.sum(h * dy[None, :], axis=1), mask=n_now)
-            tl.store(dB + at, tl.sum(g * x[None, :], axis=1), mask=n_now)
-            d_x = tl.sum(g * B_t[:, None], axis=0)
+            g += C_ * dy[None, :]
+            gl.store(dC_t, gl.sum(h * dy[None, :], axis=1), mask=n_now)
+            gl.store(dB_t, gl.sum(g * x[None, :], axis=1), mask=n_now)
+            d_x = gl.sum(g * B_, axis=0)
             d_exponent = g * carried_h
-            d_step = tl.sum(d_exponent * A2, axis=0) * LN_2
+            d_delta = d_x * u_ + gl.sum(d_exponent * A2, axis=0) * LN_2
+            if SOFTPLUS:
+                d_delta = d_delta * sigmoid(raws[KEPT - 1 - back] + bias_e)
             dA_sum += d_exponent * dt[None, :]
             g = g * decay
-            d_delta = (d_x * u_t + d_step) * slope
-            tl.store(du + row, (d_x * dt + dy * D_e).to(du.dtype.element_ty), mask=now)
-            tl.store(ddelta + row, d_delta.to(ddelta.dtype.element_ty), mask=now)
-            dD_sum += dy * u_t
-            dbias_sum += tl.where(now, d_delta, 0.0)
+            gl.store(du_t, (d_x * dt + dy * D_e).to(du.dtype.element_ty), mask=now)
+            gl.store(ddelta_t, d_delta.to(ddelta.dtype.element_ty), mask=now)
+            du_t, ddelta_t = du_t - channels, ddelta_t - channels
+            dB_t, dC_t = dB_t - N_STATE, dC_t - N_STATE
+            dD_sum += dy * u_
+            dbias_sum += gl.where(now, d_delta, 0.0)
     own = b * segments + part
-    tl.store(dA + own * N_STATE * channels + states, dA_sum, mask=inside)
-    tl.store(dD + own * channels + e, dD_sum, mask=e_inside)
-    tl.store(dbias + own * channels + e, dbias_sum, mask=e_inside)
+    gl.store(dA + own * N_STATE * channels + states, dA_sum, mask=inside)
+    gl.store(dD + own * channels + e, dD_sum, mask=e_inside)
+    gl.store(dbias + own * channels + e, dbias_sum, mask=e_inside)
 
 
 # ---- What enters a segment ---------------------------------------------------------------------------------
 
 
-@triton.jit
+@jit
 def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
                    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dout_b, dout_l,
                    length, channels, N_STATE, segment, segments,
-                   HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-                   N: tl.constexpr, BLOCK: tl.constexpr):
+                   ALIGN: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr, REVERSE: constexpr,
+                   N: constexpr, BLOCK: constexpr, ALONG_N: constexpr, ALONG_E: constexpr):
     """What one segment adds to the state after it (or, in REVERSE, to the gradient before it), and its ΣΔ."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = (tl.program_id(1) // segments).to(tl.int64)
-    part = tl.program_id(1) % segments
-    n = tl.arange(0, N)
+    e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
+    b = (gl.program_id(1) // segments).to(gl.int64)
+    part = gl.program_id(1) % segments
+    n = arange(N, ALONG_N)
     e_inside, n_inside = e < channels, n < N_STATE
     inside = n_inside[:, None] & e_inside[None, :]
     A2, _, bias_e = load_weights(A, A, bias, e, n, e_inside, n_inside, N_STATE, False, HAS_BIAS)
-    h = tl.zeros((N, BLOCK), tl.float32)
-    delta_sum = tl.zeros((BLOCK,), tl.float32)
+    u_0, delta_0, z_0 = u + b * u_b + e, delta + b * delta_b + e, z + b * z_b + e
+    dout_0 = dout + b * dout_b + e
+    B_l, C_l = B_l * ALIGN, C_l * ALIGN
+    B_0, C_0 = B + b * B_b * ALIGN + n, C + b * C_b * ALIGN + n
+    h = gl.zeros_like(A2)
+    delta_sum = (e * 0).to(gl.float32)
     start = part * segment
-    stop = tl.minimum(start + segment, length)
+    stop = gl.minimum(start + segment, length)
     for i in range(0, stop - start):
+        t = start + i
         if REVERSE:
             t = stop - 1 - i
-            dt, _ = step_size(delta + b * delta_b + t * delta_l + e, bias_e, e_inside, SOFTPLUS)
-            dy = tl.load(dout + b * dout_b + t * dout_l + e, mask=e_inside, other=0.0).to(tl.float32)
-            if HAS_Z:
-                z_t = tl.load(z + b * z_b + t * z_l + e, mask=e_inside, other=0.0).to(tl.float32)
-                dy = dy * z_t * sigmoid(z_t)
-            C_t = tl.load(C + b * C_b + t * C_l + n, mask=n_inside, other=0.0).to(tl.float32)
-            h = tl.exp2(dt[None, :] * A2) * (h + dy[None, :] * C_t[:, None])
-        else:
-            t = start + i
-            h, _, dt = advance(h, t, u + b * u_b + t * u_l, delta + b * delta_b + t * delta_l,
-                               B + b * B_b + t * B_l, A2, bias_e, e, n, channels, N_STATE, stop, SOFTPLUS)
+        dt = step_size(load_step(delta_0 + t * delta_l, e, channels), bias_e, e, channels, SOFTPLUS)
         delta_sum += dt
+        if REVERSE:
+            dy = load_step(dout_0 + t * dout_l, e, channels)
+            if HAS_Z:
+                z_t = load_step(z_0 + t * z_l, e, channels)
+                dy = dy * z_t * sigmoid(z_t)
+            C_t = load_step(C_0 + t * C_l, n, N_STATE)
+            h = gl.exp2(dt[None, :] * A2) * (h + dy[None, :] * C_t[:, None])
+        else:
+            x = dt * load_step(u_0 + t * u_l, e, channels)
+            h = advance(h, dt, x, load_step(B_0 + t * B_l, n, N_STATE), A2)
     own = b * segments + part
-    tl.store(carried + own * N_STATE * channels + n[:, None] * channels + e[None, :], h, mask=inside)
-    tl.store(delta_sums + own * channels + e, delta_sum, mask=e_inside)
+    gl.store(carried + own * N_STATE * channels + n[:, None] * channels + e[None, :], h, mask=inside)
+    gl.store(delta_sums + own * channels + e, delta_sum, mask=e_inside)
 
 
-@triton.jit
+@jit
 def carry_kernel(A, carried, delta_sums, begin, entering, channels, N_STATE, segments,
-                 HAS_BEGIN: tl.constexpr, REVERSE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+                 HAS_BEGIN: constexpr, REVERSE: constexpr, N: constexpr, BLOCK: constexpr, ALONG_N: constexpr, ALONG_E: constexpr):
     """What enters each segment, from what each adds: h ← exp(A ΣΔ) h + carried, segment after segment."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = tl.program_id(1).to(tl.int64)
-    n = tl.arange(0, N)
+    e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
+    b = gl.program_id(1).to(gl.int64)
+    n = arange(N, ALONG_N)
     e_inside = e < channels
     inside = (n < N_STATE)[:, None] & e_inside[None, :]
-    A2 = tl.load(A + e[None, :] * N_STATE + n[:, None], mask=inside, other=0.0).to(tl.float32) * LOG2_E
+    A2 = gl.load(A + e[None, :] * N_STATE + n[:, None], mask=inside, other=0.0).to(gl.float32) * LOG2_E
     states = n[:, None] * channels + e[None, :]
-    h = tl.zeros((N, BLOCK), tl.float32)
+    h = gl.zeros_like(A2)
     if HAS_BEGIN:
-        h = tl.load(begin + b * N_STATE * channels + states, mask=inside, other=0.0)
+        h = gl.load(begin + b * N_STATE * channels + states, mask=inside, other=0.0)
     for i in range(segments):
         part = i
         if REVERSE:
             part = segments - 1 - i
         own = b * segments + part
-        tl.store(entering + own * N_STATE * channels + states, h, mask=inside)
-        total = tl.load(delta_sums + own * channels + e, mask=e_inside, other=0.0)
-        added = tl.load(carried + own * N_STATE * channels + states, mask=inside, other=0.0)
-        h = tl.exp2(total[None, :] * A2) * h + added
+        gl.store(entering + own * N_STATE * channels + states, h, mask=inside)
+        total = gl.load(delta_sums + own * channels + e, mask=e_inside, other=0.0)
+        added = gl.load(carried + own * N_STATE * channels + states, mask=inside, other=0.0)
+        h = gl.exp2(total[None, :] * A2) * h + added
 
 
 # ---- Launches ----------------------------------------------------------------------------------------------
@@ -321,18 +405,18 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     out = torch.empty(b, l, e, device=u.device, dtype=u.dtype)
     last_state = torch.empty(b, n, e, device=u.device)
     checkpoints = torch.empty(b, (l - 1) // CHUNK if save else 0, n, e, device=u.device)
-    block, warps, segment = _plan(b, l, e, backward=False)
-    segments = triton.cdiv(l, segment)
-    N = triton.next_power_of_2(n)
+    strides, align = _strides(u, delta, B, C, z)
+    plan = _plan(b, l, e, backward=False)
+    segments = triton.cdiv(l, plan.segment)
     entering = u
     if segments > 1:
-        entering = _enter(None, u, delta, A, B, C, z, delta_bias, u, delta_softplus, segment, reverse=False)
-    forward_kernel[(triton.cdiv(e, block), b * segments)](
+        entering = _enter(None, u, delta, A, B, C, z, delta_bias, u, delta_softplus, plan, reverse=False)
+    forward_kernel[(triton.cdiv(e, plan.block), b * segments)](
         u, delta, A, B, C, A if D is None else D, u if z is None else z,
         A if delta_bias is None else delta_bias, entering, out, last_state, checkpoints,
-        *_strides(u, delta, B, C, z), l, e, n, segment, segments,
+        *strides, l, e, n, plan.segment, segments, align,
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-        SAVE=save, SEGMENTED=segments > 1, N=N, BLOCK=block, CHUNK=CHUNK, num_warps=warps)
+        SAVE=save, SEGMENTED=segments > 1, CHUNK=CHUNK, UNROLL=UNROLL, **plan.arguments(n))
     return out, last_state, checkpoints
 
 
@@ -344,13 +428,13 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
     n = A.shape[1]
     dout, u, delta, B, C, z = map(_rows, (dout, u, delta, B, C, z))
     A, D, delta_bias = map(_contiguous, (A, D, delta_bias))
-    block, warps, segment = _plan(b, l, e, backward=True)
-    segments, blocks = triton.cdiv(l, segment), triton.cdiv(e, block)
-    N = triton.next_power_of_2(n)
+    strides, align = _strides(u, delta, B, C, z)
+    plan = _plan(b, l, e, backward=True)
+    segments, blocks = triton.cdiv(l, plan.segment), triton.cdiv(e, plan.block)
 
     leaving = None if dlast_state is None else dlast_state.float().contiguous()
     if segments > 1:
-        leaving = _enter(leaving, u, delta, A, B, C, z, delta_bias, dout, delta_softplus, segment, reverse=True)
+        leaving = _enter(leaving, u, delta, A, B, C, z, delta_bias, dout, delta_softplus, plan, reverse=True)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, device=u.device, dtype=dtype)
@@ -363,30 +447,30 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
         u, delta, A, B, C, A if D is None else D, u if z is None else z,
         A if delta_bias is None else delta_bias, checkpoints, dout, u if leaving is None else leaving,
         du, ddelta, dA, dB, dC, dD, du if dz is None else dz, dbias,
-        *_strides(u, delta, B, C, z), *dout.stride()[:2], l, e, n, segment, segments, b,
+        *strides, *dout.stride()[:2], l, e, n, plan.segment, segments, b, align,
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-        HAS_LEAVING=leaving is not None, N=N, BLOCK=block, CHUNK=CHUNK, KEPT=KEPT, num_warps=warps)
+        HAS_LEAVING=leaving is not None, CHUNK=CHUNK, KEPT=KEPT, **plan.arguments(n))
     return (du, ddelta, dA.sum(0).T, dB.sum(0), dC.sum(0), None if D is None else dD.sum(0), dz,
             None if delta_bias is None else dbias.sum(0))
 
 
-def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_softplus: bool, segment: int,
+def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_softplus: bool, plan: Plan,
            reverse: bool) -> Tensor:
     """The state that enters each segment from `begin` (or, in reverse, the gradient), (b, segments, n, e)."""
     b, l, e = u.shape
     n = A.shape[1]
-    segments = triton.cdiv(l, segment)
-    N, block = triton.next_power_of_2(n), 32
+    segments = triton.cdiv(l, plan.segment)
+    strides, align = _strides(u, delta, B, C, z)
     carried, entering = torch.empty(2, b, segments, n, e, device=u.device)
     delta_sums = torch.empty(b, segments, e, device=u.device)
-    segment_kernel[(triton.cdiv(e, block), b * segments)](
+    segment_kernel[(triton.cdiv(e, plan.block), b * segments)](
         u, delta, A, B, C, u if z is None else z, A if delta_bias is None else delta_bias, dout, carried,
-        delta_sums, *_strides(u, delta, B, C, z), *dout.stride()[:2], l, e, n, segment, segments,
+        delta_sums, *strides, *dout.stride()[:2], l, e, n, plan.segment, segments, align,
         HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, REVERSE=reverse,
-        N=N, BLOCK=block, num_warps=1)
-    carry_kernel[(triton.cdiv(e, block), b)](
+        **plan.arguments(n))
+    carry_kernel[(triton.cdiv(e, plan.block), b)](
         A, carried, delta_sums, carried if begin is None else begin, entering, e, n, segments,
-        HAS_BEGIN=begin is not None, REVERSE=reverse, N=N, BLOCK=block, num_warps=1)
+        HAS_BEGIN=begin is not None, REVERSE=reverse, **plan.arguments(n))
     return entering
 
 
@@ -399,6 +483,15 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _strides(*tensors: Tensor | None) -> list[int]:
-    """Strides over batch and time of each."""
-    return [stride for tensor in tensors for stride in ((0, 0) if tensor is None else tensor.stride()[:2])]
+def _strides(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> tuple[list[int], int]:
+    """Strides over batch and time of each; those of B and C in units of the second result.
+
+    A unit of 4 tells the compiler that a row of B is aligned, which its specialisation on multiples of 16
+    misses for a slice of x_proj's output: one load then brings four states.
+    """
+    def of(tensor: Tensor | None) -> tuple[int, int]:
+        return (0, 0) if tensor is None else tensor.stride()[:2]
+
+    projected = [*of(B), *of(C)]
+    align = 4 if all(stride % 4 == 0 for stride in projected) else 1
+    return [*of(u), *of(delta), *(stride // align for stride in projected), *of(z)], align
