@@ -59,8 +59,8 @@ def run_script(main: Callable[[], None]) -> None:
         if not isinstance(error, MemoryError) and not any(
                 words in str(error) for words in ("out of memory", "can't allocate memory")):
             raise
-        _fail(f"the memory is full ({str(error)[:160]}); close other programs, or make batch or model smaller "
-              "by --batch-size or --d-model")
+        _fail(f"the memory is full ({str(error)[:160]}); close other programs, or make batch or model "
+              "smaller by --batch-size or --d-model")
 
 
 def _fail(message: str) -> NoReturn:

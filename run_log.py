@@ -60,7 +60,7 @@ class RunLog:
             with self.path.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
         except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error}; mend that and go on with --resume") from error
+            raise UserError(f"cannot write {self.path}: {error}; mend it and go on by --resume") from error
 
     def test(self, step: int, split: data.Split, probabilities: Tensor, classes: tuple[str, ...]) -> None:
         """Per-class accuracy, the confusion matrix and the worst mistakes; probabilities (N, classes)."""

@@ -158,7 +158,8 @@ def check_paths(settings: argparse.Namespace) -> None:
             with tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())):
                 pass
         except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}; choose another {flag}") from error
+            raise UserError(f"cannot write {path}: {error.strerror or error}; choose another {flag}"
+                            ) from error
 
 
 # ---- Training ---------------------------------------------------------------------------------------------
@@ -207,8 +208,8 @@ def build_model(settings: argparse.Namespace, device: torch.device) -> tuple[dic
         raise UserError(f"--patch-size {config['patch_size']} makes one token of an image of "
                         f"{entry.image_size} pixels a side, which leaves nothing to scan; lower it")
     if settings.d_model < config["patch_size"] // 2:
-        raise UserError(f"--d-model {settings.d_model} is too narrow for --patch-size {config['patch_size']}; "
-                        f"use at least {config['patch_size'] // 2}")
+        raise UserError(f"--d-model {settings.d_model} is too narrow for --patch-size "
+                        f"{config['patch_size']}; use at least {config['patch_size'] // 2}")
     try:
         return config, VisionMamba2(**config).to(device)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:

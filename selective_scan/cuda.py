@@ -51,6 +51,7 @@ class Plan(NamedTuple):
     thread_channels: int   # channels of one thread
     lanes_n: int           # lanes of a warp along the states; the others lie along the channels
     warps: int             # along the channels
+    registers: int         # of one thread, at most: fewer let more warps hide each other's waiting
     segment: int           # steps of one segment of time, a multiple of CHUNK
 
     @property
@@ -66,12 +67,13 @@ class Plan(NamedTuple):
             tile = gl.BlockedLayout([N // self.lanes_n, self.thread_channels], [self.lanes_n, 32 // self.lanes_n],
                                     [1, self.warps], [1, 0])
             along_n, along_e = gl.SliceLayout(1, tile), gl.SliceLayout(0, tile)
-        return {"N": N, "BLOCK": self.block, "ALONG_N": along_n, "ALONG_E": along_e, "num_warps": self.warps}
+        return {"N": N, "BLOCK": self.block, "ALONG_N": along_n, "ALONG_E": along_e, "num_warps": self.warps,
+                "maxnreg": self.registers}
 
 
 def _plan(batch: int, length: int, channels: int, backward: bool) -> Plan:
     """The one place where a shape chooses its kernel configuration."""
-    plan = Plan(4, 4, 1, 0)
+    plan = Plan(4, 4, 1, 168, 0)
     programs = batch * triton.cdiv(channels, plan.block)
     # A step waits for memory and for the step before it: some 2,000 programs hide that on 132 processors.
     segments = max(1, min(2048 // programs, length // 64))
@@ -106,6 +108,19 @@ def sigmoid(x):
 def load_step(pointers, index, limit):
     """One step's channels or states as float32, 0 from `limit` on."""
     return gl.load(pointers, mask=index < limit, other=0.0).to(gl.float32)
+
+
+@jit
+def load_steps(pointers, stride, index, limit, left, STEPS: constexpr):
+    """STEPS successive steps, 0 where fewer are left; and the pointers to the step after them.
+
+    All loads come before the first use: a step alone would wait for memory.
+    """
+    steps = ()
+    for k in gl.static_range(STEPS):
+        steps = steps + (load_step(pointers, index, gl.where(k < left, limit, 0)),)
+        pointers += stride
+    return steps, pointers
 
 
 @jit
@@ -166,24 +181,28 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
     h = gl.zeros_like(A2)
     if SEGMENTED:
         h = gl.load(entering + (b * segments + part) * N_STATE * channels + states, mask=inside, other=0.0)
+    left = stop - start
+    us, u_t = load_steps(u_t, u_l, e, channels, left, UNROLL)
+    deltas, delta_t = load_steps(delta_t, delta_l, e, channels, left, UNROLL)
+    Bs, B_t = load_steps(B_t, B_l, n, N_STATE, left, UNROLL)
+    Cs, C_t = load_steps(C_t, C_l, n, N_STATE, left, UNROLL)
+    zs = us
+    if HAS_Z:
+        zs, z_t = load_steps(z_t, z_l, e, channels, left, UNROLL)
     for first in range(start, stop, UNROLL):
         if SAVE:
             if (first > 0) & (first % CHUNK == 0):
                 at = (b * ((length - 1) // CHUNK) + first // CHUNK - 1) * N_STATE * channels
                 gl.store(checkpoints + at + states, h, mask=inside)
-        # All loads of some steps before the first use: a step alone would wait for memory.
-        us, deltas, zs, Bs, Cs = (), (), (), (), ()
-        for k in gl.static_range(UNROLL):
-            more = first + k < stop
-            e_limit, n_limit = gl.where(more, channels, 0), gl.where(more, N_STATE, 0)
-            us = us + (load_step(u_t, e, e_limit),)
-            deltas = deltas + (load_step(delta_t, e, e_limit),)
-            Bs = Bs + (load_step(B_t, n, n_limit),)
-            Cs = Cs + (load_step(C_t, n, n_limit),)
-            u_t, delta_t, B_t, C_t = u_t + u_l, delta_t + delta_l, B_t + B_l, C_t + C_l
-            if HAS_Z:
-                zs = zs + (load_step(z_t, e, e_limit),)
-                z_t += z_l
+        # The next steps are on their way while these are worked on.
+        left = stop - first - UNROLL
+        next_us, u_t = load_steps(u_t, u_l, e, channels, left, UNROLL)
+        next_deltas, delta_t = load_steps(delta_t, delta_l, e, channels, left, UNROLL)
+        next_Bs, B_t = load_steps(B_t, B_l, n, N_STATE, left, UNROLL)
+        next_Cs, C_t = load_steps(C_t, C_l, n, N_STATE, left, UNROLL)
+        next_zs = next_us
+        if HAS_Z:
+            next_zs, z_t = load_steps(z_t, z_l, e, channels, left, UNROLL)
         for k in gl.static_range(UNROLL):
             e_limit = gl.where(first + k < stop, channels, 0)
             dt = step_size(deltas[k], bias_e, e, e_limit, SOFTPLUS)
@@ -193,6 +212,7 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
                 y = y * zs[k] * sigmoid(zs[k])
             gl.store(out_t, y.to(out.dtype.element_ty), mask=e < e_limit)
             out_t += channels
+        us, deltas, Bs, Cs, zs = next_us, next_deltas, next_Bs, next_Cs, next_zs
     if stop == length:
         gl.store(last_state + b * N_STATE * channels + states, h, mask=inside)
 
@@ -252,15 +272,11 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
             dt = step_size(load_step(delta_0 + t * delta_l, e, channels), bias_e, e, channels, SOFTPLUS)
             x = dt * load_step(u_0 + t * u_l, e, channels)
             h = advance(h, dt, x, load_step(B_0 + t * B_l, n, N_STATE), A2)
-        us, raws, dts, Bs = (), (), (), ()
-        u_t, delta_t, B_t = u_0 + first * u_l, delta_0 + first * delta_l, B_0 + first * B_l
-        for k in gl.static_range(KEPT):
-            more = first + k < stop
-            e_limit = gl.where(more, channels, 0)
-            us = us + (load_step(u_t, e, e_limit),)
-            raws = raws + (load_step(delta_t, e, e_limit),)
-            Bs = Bs + (load_step(B_t, n, gl.where(more, N_STATE, 0)),)
-            u_t, delta_t, B_t = u_t + u_l, delta_t + delta_l, B_t + B_l
+        left = stop - first
+        us, _ = load_steps(u_0 + first * u_l, u_l, e, channels, left, KEPT)
+        raws, _ = load_steps(delta_0 + first * delta_l, delta_l, e, channels, left, KEPT)
+        Bs, _ = load_steps(B_0 + first * B_l, B_l, n, N_STATE, left, KEPT)
+        dts = ()
         hs = (h,)
         for k in gl.static_range(KEPT):
             e_limit = gl.where(first + k < stop, channels, 0)
@@ -268,17 +284,10 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
             if k < KEPT - 1:
                 h = advance(h, dts[k], dts[k] * us[k], Bs[k], A2)
                 hs = hs + (h,)
-        Cs, dys, zs = (), (), ()
-        C_t, dout_t, z_t = C_0 + first * C_l, dout_0 + first * dout_l, z_0 + first * z_l
-        for k in gl.static_range(KEPT):
-            more = first + k < stop
-            e_limit = gl.where(more, channels, 0)
-            Cs = Cs + (load_step(C_t, n, gl.where(more, N_STATE, 0)),)
-            dys = dys + (load_step(dout_t, e, e_limit),)
-            C_t, dout_t = C_t + C_l, dout_t + dout_l
-            if HAS_Z:
-                zs = zs + (load_step(z_t, e, e_limit),)
-                z_t += z_l
+        Cs, _ = load_steps(C_0 + first * C_l, C_l, n, N_STATE, left, KEPT)
+        dys, _ = load_steps(dout_0 + first * dout_l, dout_l, e, channels, left, KEPT)
+        if HAS_Z:
+            zs, _ = load_steps(z_0 + first * z_l, z_l, e, channels, left, KEPT)
         along_e, along_n = (first + KEPT - 1) * channels, (first + KEPT - 1) * N_STATE
         du_t, ddelta_t, dz_t = du_0 + along_e, ddelta_0 + along_e, dz_0 + along_e
         dB_t, dC_t = dB_0 + along_n, dC_0 + along_n
@@ -329,7 +338,7 @@ def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
                    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dout_b, dout_l,
                    length, channels, N_STATE, segment, segments,
                    ALIGN: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr, REVERSE: constexpr,
-                   N: constexpr, BLOCK: constexpr, ALONG_N: constexpr, ALONG_E: constexpr):
+                   N: constexpr, BLOCK: constexpr, ALONG_N: constexpr, ALONG_E: constexpr, UNROLL: constexpr):
     """What one segment adds to the state after it (or, in REVERSE, to the gradient before it), and its ΣΔ."""
     e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
     b = (gl.program_id(1) // segments).to(gl.int64)
@@ -338,30 +347,39 @@ def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
     e_inside, n_inside = e < channels, n < N_STATE
     inside = n_inside[:, None] & e_inside[None, :]
     A2, _, bias_e = load_weights(A, A, bias, e, n, e_inside, n_inside, N_STATE, False, HAS_BIAS)
-    u_0, delta_0, z_0 = u + b * u_b + e, delta + b * delta_b + e, z + b * z_b + e
-    dout_0 = dout + b * dout_b + e
-    B_l, C_l = B_l * ALIGN, C_l * ALIGN
-    B_0, C_0 = B + b * B_b * ALIGN + n, C + b * C_b * ALIGN + n
     h = gl.zeros_like(A2)
     delta_sum = (e * 0).to(gl.float32)
     start = part * segment
     stop = gl.minimum(start + segment, length)
-    for i in range(0, stop - start):
-        t = start + i
+    if REVERSE:
+        t, direction = stop - 1, -1
+    else:
+        t, direction = start, 1
+    delta_t = delta + b * delta_b + t * delta_l + e
+    u_t, B_t = u + b * u_b + t * u_l + e, B + (b * B_b + t * B_l) * ALIGN + n
+    dout_t, C_t = dout + b * dout_b + t * dout_l + e, C + (b * C_b + t * C_l) * ALIGN + n
+    z_t = z + b * z_b + t * z_l + e
+    for done in range(0, stop - start, UNROLL):
+        left = stop - start - done
+        deltas, delta_t = load_steps(delta_t, direction * delta_l, e, channels, left, UNROLL)
         if REVERSE:
-            t = stop - 1 - i
-        dt = step_size(load_step(delta_0 + t * delta_l, e, channels), bias_e, e, channels, SOFTPLUS)
-        delta_sum += dt
-        if REVERSE:
-            dy = load_step(dout_0 + t * dout_l, e, channels)
+            inputs, dout_t = load_steps(dout_t, -dout_l, e, channels, left, UNROLL)
+            Cs, C_t = load_steps(C_t, -C_l * ALIGN, n, N_STATE, left, UNROLL)
             if HAS_Z:
-                z_t = load_step(z_0 + t * z_l, e, channels)
-                dy = dy * z_t * sigmoid(z_t)
-            C_t = load_step(C_0 + t * C_l, n, N_STATE)
-            h = gl.exp2(dt[None, :] * A2) * (h + dy[None, :] * C_t[:, None])
+                zs, z_t = load_steps(z_t, -z_l, e, channels, left, UNROLL)
         else:
-            x = dt * load_step(u_0 + t * u_l, e, channels)
-            h = advance(h, dt, x, load_step(B_0 + t * B_l, n, N_STATE), A2)
+            inputs, u_t = load_steps(u_t, u_l, e, channels, left, UNROLL)
+            Bs, B_t = load_steps(B_t, B_l * ALIGN, n, N_STATE, left, UNROLL)
+        for k in gl.static_range(UNROLL):
+            dt = step_size(deltas[k], bias_e, e, gl.where(k < left, channels, 0), SOFTPLUS)
+            delta_sum += dt
+            if REVERSE:
+                dy = inputs[k]
+                if HAS_Z:
+                    dy = dy * zs[k] * sigmoid(zs[k])
+                h = gl.exp2(dt[None, :] * A2) * (h + dy[None, :] * Cs[k][:, None])
+            else:
+                h = advance(h, dt, dt * inputs[k], Bs[k], A2)
     own = b * segments + part
     gl.store(carried + own * N_STATE * channels + n[:, None] * channels + e[None, :], h, mask=inside)
     gl.store(delta_sums + own * channels + e, delta_sum, mask=e_inside)
@@ -467,7 +485,7 @@ def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_s
         u, delta, A, B, C, u if z is None else z, A if delta_bias is None else delta_bias, dout, carried,
         delta_sums, *strides, *dout.stride()[:2], l, e, n, plan.segment, segments, align,
         HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, REVERSE=reverse,
-        **plan.arguments(n))
+        UNROLL=UNROLL, **plan.arguments(n))
     carry_kernel[(triton.cdiv(e, plan.block), b)](
         A, carried, delta_sums, carried if begin is None else begin, entering, e, n, segments,
         HAS_BEGIN=begin is not None, REVERSE=reverse, **plan.arguments(n))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cpu_settings  # noqa: F401, I001  (before torch: it reads them once)
+
 import os
 
 import pytest

@@ -1,0 +1,241 @@
+"""The selective scan and a training step, timed against mambapy's parallel scan.
+
+    python benchmarks/bench_scan.py                       everything, about three minutes on two cores
+    python benchmarks/bench_scan.py --shapes 64,49,256,16 --repeats 3
+    python benchmarks/bench_scan.py --parts step          only the training step
+
+mambapy (pip install mambapy) is the plain-PyTorch Mamba that people without a compiler use. Its scan gets the
+same inputs and does the same maths: softplus, Δ, recurrence, D and gate; its results and gradients are compared
+before anything is timed. All run in turn in one process, ours after theirs after ours, and a ratio is the
+median over such pairs. The training step is the same VisionMamba2 twice, once with mambapy's scan put in.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import cpu_settings  # noqa: E402, F401, I001  (before torch: it reads them once)
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import NamedTuple  # noqa: E402
+from unittest import mock  # noqa: E402
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import mamba_ssm_simple  # noqa: E402
+from benchmarks import timing  # noqa: E402
+from errors import ArgumentParser, UserError, run_script  # noqa: E402
+from selective_scan import available_implementations, choose_implementation, run_implementation  # noqa: E402
+
+try:
+    from mambapy.mamba import MambaBlock as TheirBlock
+except ImportError:
+    TheirBlock = None
+
+PARTS = ("scan", "step")
+BATCH, SIDE = 64, 28  # of the training step: MNIST, 49 tokens an image
+AGREEMENT = 1e-4      # ‖a − b‖ / ‖b‖ of output and gradients in float32, or nothing is timed
+
+
+class Plan(NamedTuple):
+    """What is measured on one kind of device, and what it should reach."""
+    shapes: list[tuple[int, int, int, int]]  # (b, l, e, n)
+    targets: dict[str, float]                # how many times faster than mambapy the chosen scan must be
+
+
+PLANS = {
+    # The token grids of 28×28 images with patches of 2 and of 4, at the default width.
+    "cpu": Plan([(64, 196, 256, 16), (64, 49, 256, 16)],
+                {"forward": 80, "forward + backward": 40, "training step": 20}),
+    "cuda": Plan([(64, 196, 256, 16), (64, 49, 256, 16)], {}),
+}
+
+
+class Row(NamedTuple):
+    """One line of the table: one implementation at one task."""
+    task: str
+    shape: str
+    implementation: str
+    median_ms: float
+    spread: float              # (slowest − fastest) / median
+    ratio: float | None        # how many times faster than mambapy; None without mambapy
+    target: float | None
+    samples_ms: list[float]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device = arguments.device
+    if device.type not in PLANS or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"there is no plan or no device for --device {device}; use cpu, or cuda where there is one")
+    plan = PLANS[device.type]
+    machine = timing.machine(device)
+    print(timing.machine_line(device))
+    if machine["load"] is not None and machine["load"] > 0.5:
+        print(f"load {machine['load']}: something else is running here; times and ratios will be off")
+    if TheirBlock is None:
+        print("mambapy is not installed, so its rows and all ratios are left out: pip install mambapy")
+    print(f"\n{'':<20}{'(b, l, e, n)':<20}{'scan':<12}{'median':>12}{'spread':>9}{'against mambapy':>17}{'target':>14}")
+    rows: list[Row] = []
+    if "scan" in arguments.parts:
+        for shape in arguments.shapes or plan.shapes:
+            rows += show(bench_scan(shape, arguments.repeats, device, plan.targets))
+    if "step" in arguments.parts:
+        rows += show(bench_step(arguments.repeats, device, plan.targets))
+    output = arguments.output or ROOT / "results" / f"bench_scan_{device.type}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    result = {"machine": machine, "mambapy": timing.version("mambapy"), "repeats": arguments.repeats,
+              "rows": [row._asdict() for row in rows]}
+    output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"\nwritten to {output}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description="Time the selective scan and a training step against mambapy's scan.")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS),
+                        help="scan: forward, and forward with backward; step: a whole training step")
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="b,l,e,n",
+                        help="shapes of the scan, such as 64,49,256,16; without it those of the device's plan")
+    parser.add_argument("--repeats", type=int, default=7, help="samples of each time, of which the median counts")
+    parser.add_argument("--output", type=Path, help="JSON file; without it results/bench_scan_DEVICE.json")
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error(f"--repeats must be at least 1, but is {arguments.repeats}")
+    return arguments
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    shape = tuple(int(part) for part in text.split(","))
+    if len(shape) != 4 or min(shape) < 1:
+        raise argparse.ArgumentTypeError(f"must be four numbers b,l,e,n from 1 up, but is {text}")
+    return shape
+
+
+# ---- What is timed -----------------------------------------------------------------------------------------
+
+
+def scans(device: torch.device) -> dict[str, Callable[..., Tensor]]:
+    """Every scan by name, with the arguments of `selective_scan`: ours, fastest first, then mambapy's."""
+    functions = {name: lambda *args, name=name, **kwargs: run_implementation(name, *args, **kwargs)
+                 for name in available_implementations(device) if name != "reference"}
+    if TheirBlock is not None:
+        functions["mambapy"] = their_scan
+    return functions
+
+
+def their_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor,
+               delta_bias: Tensor, delta_softplus: bool = True) -> Tensor:
+    """mambapy's parallel scan with what its MambaBlock does about it (mambapy/mamba.py, forward and ssm)."""
+    delta = F.softplus(delta + delta_bias) if delta_softplus else delta + delta_bias
+    y = TheirBlock.selective_scan(None, u, delta, A, B, C, D)  # uses nothing of the module
+    return y * F.silu(z)
+
+
+def bench_scan(shape: tuple[int, ...], repeats: int, device: torch.device,
+               targets: dict[str, float]) -> list[Row]:
+    """Forward without gradients, and forward with backward, of every scan."""
+    inputs, dout = random_inputs(shape, device)
+    functions = scans(device)
+
+    def forward(scan: Callable[..., Tensor]) -> Tensor:
+        with torch.no_grad():
+            return scan(*inputs, delta_softplus=True)
+
+    def both(scan: Callable[..., Tensor]) -> list[Tensor]:
+        out = scan(*inputs, delta_softplus=True)
+        return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+
+    check_agreement({name: both(scan) for name, scan in functions.items()})
+    rows = []
+    for task, run in (("forward", forward), ("forward + backward", both)):
+        times = timing.interleave({name: lambda run=run, scan=scan: run(scan) for name, scan in functions.items()},
+                                  repeats, device)
+        rows += make_rows(task, shape, times, device, targets)
+    return rows
+
+
+def bench_step(repeats: int, device: torch.device, targets: dict[str, float]) -> list[Row]:
+    """Forward, backward and AdamW of the default VisionMamba2, the scan alone exchanged."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(BATCH, 1, SIDE, SIDE, generator=random).to(device)
+    labels = torch.randint(10, (BATCH,), generator=random).to(device)
+    weights = mamba_ssm_simple.VisionMamba2().state_dict()
+
+    def step_with(scan: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        model = mamba_ssm_simple.VisionMamba2().to(device)
+        model.load_state_dict(weights)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+        def step() -> Tensor:
+            with mock.patch.object(mamba_ssm_simple, "selective_scan", scan):
+                optimizer.zero_grad(set_to_none=True)
+                loss = F.cross_entropy(model(images), labels)
+                loss.backward()
+                optimizer.step()
+                return loss.detach()
+        return step
+
+    functions = scans(device)
+    check_agreement({name: [step_with(scan)()] for name, scan in functions.items()})
+    times = timing.interleave({name: step_with(scan) for name, scan in functions.items()}, repeats, device)
+    tokens = (SIDE // 4) ** 2
+    return make_rows("training step", (BATCH, tokens, 256, 16), times, device, targets)
+
+
+def random_inputs(shape: tuple[int, ...], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """u, delta, A, B, C, D, z, delta_bias as a fresh mixer makes them, and the output's gradient."""
+    b, l, e, n = shape
+    random = torch.Generator().manual_seed(0)
+    shapes = ((b, l, e), (b, l, e), (e, n), (b, l, n), (b, l, n), (e,), (b, l, e), (e,), (b, l, e))
+    tensors = [torch.randn(size, generator=random) for size in shapes]
+    tensors[2] = -torch.arange(1.0, n + 1).repeat(e, 1)
+    tensors[7] -= 4.5  # softplus is about 0.01
+    *inputs, dout = (tensor.to(device) for tensor in tensors)
+    return [tensor.requires_grad_() for tensor in inputs], dout
+
+
+def check_agreement(results: dict[str, list[Tensor]]) -> None:
+    """Stop where two scans disagree: a time of something else would mean nothing."""
+    first, *others = results
+    for other in others:
+        worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(results[other], results[first], strict=True))
+        if not worst <= AGREEMENT:
+            raise UserError(f"{other} and {first} disagree, relative error {worst:.1e}; nothing is timed")
+
+
+# ---- The table ---------------------------------------------------------------------------------------------
+
+
+def make_rows(task: str, shape: tuple[int, ...], times: dict[str, list[float]], device: torch.device,
+              targets: dict[str, float]) -> list[Row]:
+    """One row an implementation; the target is for the one that `selective_scan` chooses."""
+    chosen = choose_implementation(torch.empty(1, 1, 1, device=device))
+    return [Row(task, ",".join(map(str, shape)), name, 1000 * timing.median(samples), timing.spread(samples),
+                timing.ratio(times["mambapy"], samples) if "mambapy" in times else None,
+                targets.get(task) if name == chosen else None, [1000 * sample for sample in samples])
+            for name, samples in times.items()]
+
+
+def show(rows: list[Row]) -> list[Row]:
+    """Print rows as they come."""
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.1f}×"
+        verdict = ""
+        if row.target is not None and row.ratio is not None:
+            verdict = f"{row.target:.0f}× {'pass' if row.ratio >= row.target else 'miss'}"
+        print(f"{row.task:<20}{row.shape:<20}{row.implementation:<12}{row.median_ms:>9.2f} ms{row.spread:>9.0%}"
+              f"{ratio:>17}{verdict:>14}", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    run_script(main)
