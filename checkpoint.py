@@ -18,9 +18,10 @@ The learning rate's schedule is a function of step.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
@@ -38,11 +39,10 @@ def save(path: Path, contents: dict) -> None:
     Raises UserError where the folder cannot be written.
     """
     path = Path(path)
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
+        with temporary.open("wb") as file:
             torch.save({"format": FORMAT, **contents}, file)
             file.flush()
             os.fsync(file.fileno())
@@ -51,8 +51,8 @@ def save(path: Path, contents: dict) -> None:
         raise UserError(f"cannot write checkpoint {path}: {error}; free space or choose another "
                         "--checkpoints-dir") from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict:
@@ -65,6 +65,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train one with: python train_mamba.py")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if archive.testzip():
+                raise zipfile.BadZipFile
         contents = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises pickle, zip, runtime and key errors for broken files
         raise UserError(f"{path} is not a checkpoint of this project or is damaged "

@@ -104,6 +104,35 @@ class SelectiveScan(StateSpace):
         return self.out_proj(y)
 
 
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """One token x (b, d) → (b, d), equal to `forward` token by token, in memory that does not grow.
+
+        `state` is what the step before returned, or None before the first token: the last w−1 inputs of the
+        convolution (b, w−1, e) and the states h (b, e, n), float32.
+
+        Raises:
+            ValueError: a bidirectional mixer, which needs the tokens to come.
+        """
+        if self.backward_direction is not None:
+            raise ValueError("step needs a mixer of one direction; the other one would need the tokens to come")
+        x, z = self.in_proj(x).chunk(2, dim=-1)                                       # 2 × (b, e)
+        e, n = self.A_log.shape
+        taps = self.conv1d.kernel_size[0]
+        if state is None:
+            state = x.new_zeros(len(x), taps - 1, e), x.new_zeros(len(x), e, n, dtype=torch.float32)
+        window = torch.cat([state[0], x[:, None]], dim=1)                             # (b, w, e)
+        x = torch.einsum("bwe,ew->be", window, self.conv1d.weight.squeeze(1))
+        if self.conv1d.bias is not None:
+            x = x + self.conv1d.bias
+        x = F.silu(x)
+        delta, B, C = self.x_proj(x).split([self.dt_proj.in_features, n, n], dim=-1)
+        delta = F.softplus(self.dt_proj(delta)).float()[..., None]                    # (b, e, 1)
+        A = -torch.exp(self.A_log.float())
+        h = torch.exp(delta * A) * state[1] + delta * B[:, None].float() * x[..., None].float()
+        y = torch.einsum("ben,bn->be", h, C.float()) + self.D * x
+        return self.out_proj((y * F.silu(z)).to(x.dtype)), (window[:, 1:], h)
+
+
 class MambaBlock(nn.Module):
     """x + SelectiveScan(LayerNorm(x)) on a feature map (b, height, width, d); 2-D to 1-D and back.
 
@@ -184,7 +213,7 @@ def stem(in_channels: int, d_model: int, patch_size: int) -> nn.Sequential:
         raise ValueError(f"patch_size must be a power of two, but is {patch_size}")
     if halvings == 0:
         return nn.Sequential(nn.Conv2d(in_channels, d_model, 1))
-    widths = [in_channels, *(d_model >> (halvings - i) for i in range(1, halvings + 1))]
+    widths = [in_channels, *(max(1, d_model >> (halvings - i)) for i in range(1, halvings + 1))]
     layers: list[nn.Module] = []
     for before, after in zip(widths, widths[1:], strict=False):
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU()]

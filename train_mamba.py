@@ -118,7 +118,8 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     """
     settings = parse_arguments()
     if settings.resume is None:
-        settings.run_name = settings.run_name or time.strftime(f"{settings.dataset}-%Y%m%d-%H%M%S")
+        if settings.run_name is None:
+            settings.run_name = time.strftime(f"{settings.dataset}-%Y%m%d-%H%M%S")
         return settings, None
     path = settings.resume
     if path == Path("newest"):

@@ -5,41 +5,40 @@
     python benchmarks/bench_scan.py --parts step          only the training step
 
 mambapy (pip install mambapy) is the plain-PyTorch Mamba that people without a compiler use. Its scan gets the
-same inputs and does the same maths: softplus, Δ, recurrence, D and gate; its results and gradients are compared
-before anything is timed. All run in turn in one process, ours after theirs after ours, and a ratio is the
-median over such pairs. The training step is the same VisionMamba2 twice, once with mambapy's scan put in.
+same inputs and does the same maths: softplus, Δ, recurrence, D and gate; its results and gradients are
+compared before anything is timed. All run in turn in one process, ours after theirs after ours, and a ratio
+is the median over such pairs. The training step is of the same VisionMamba2, the scan alone exchanged.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository
 
-import cpu_settings  # noqa: E402, F401, I001  (before torch: it reads them once)
+import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from typing import NamedTuple  # noqa: E402
-from unittest import mock  # noqa: E402
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-import mamba_ssm_simple  # noqa: E402
-from benchmarks import timing  # noqa: E402
-from errors import ArgumentParser, UserError, run_script  # noqa: E402
-from selective_scan import available_implementations, choose_implementation, run_implementation  # noqa: E402
+import mamba_ssm_simple
+from benchmarks import timing
+from errors import ArgumentParser, UserError, run_script
+from selective_scan import available_implementations, choose_implementation, run_implementation
 
 try:
     from mambapy.mamba import MambaBlock as TheirBlock
 except ImportError:
     TheirBlock = None
 
+ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("scan", "step")
 BATCH, SIDE = 64, 28  # of the training step: MNIST, 49 tokens an image
 AGREEMENT = 1e-4      # ‖a − b‖ / ‖b‖ of output and gradients in float32, or nothing is timed
@@ -73,9 +72,9 @@ class Row(NamedTuple):
 
 def main() -> None:
     arguments = parse_arguments()
-    device = arguments.device
-    if device.type not in PLANS or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"there is no plan or no device for --device {device}; use cpu, or cuda where there is one")
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch finds no CUDA device; use --device cpu, or install PyTorch for CUDA")
     plan = PLANS[device.type]
     machine = timing.machine(device)
     print(timing.machine_line(device))
@@ -83,14 +82,15 @@ def main() -> None:
         print(f"load {machine['load']}: something else is running here; times and ratios will be off")
     if TheirBlock is None:
         print("mambapy is not installed, so its rows and all ratios are left out: pip install mambapy")
-    print(f"\n{'':<20}{'(b, l, e, n)':<20}{'scan':<12}{'median':>12}{'spread':>9}{'against mambapy':>17}{'target':>14}")
+    print(f"\n{'':<20}{'(b, l, e, n)':<20}{'scan':<12}{'median':>12}{'spread':>9}{'against mambapy':>17}"
+          f"{'target':>14}")
     rows: list[Row] = []
     if "scan" in arguments.parts:
-        for shape in arguments.shapes or plan.shapes:
+        for shape in getattr(arguments, "shapes", plan.shapes):
             rows += show(bench_scan(shape, arguments.repeats, device, plan.targets))
     if "step" in arguments.parts:
         rows += show(bench_step(arguments.repeats, device, plan.targets))
-    output = arguments.output or ROOT / "results" / f"bench_scan_{device.type}.json"
+    output = getattr(arguments, "output", ROOT / "results" / f"bench_scan_{device.type}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "mambapy": timing.version("mambapy"), "repeats": arguments.repeats,
               "rows": [row._asdict() for row in rows]}
@@ -100,13 +100,15 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description="Time the selective scan and a training step against mambapy's scan.")
-    parser.add_argument("--device", type=torch.device, default="cpu", help="cpu or cuda")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS),
+    parser.add_argument("--device", choices=tuple(PLANS), default="cpu", help="where the scans run")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS,
                         help="scan: forward, and forward with backward; step: a whole training step")
-    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="b,l,e,n",
-                        help="shapes of the scan, such as 64,49,256,16; without it those of the device's plan")
-    parser.add_argument("--repeats", type=int, default=7, help="samples of each time, of which the median counts")
-    parser.add_argument("--output", type=Path, help="JSON file; without it results/bench_scan_DEVICE.json")
+    parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="b,l,e,n", default=argparse.SUPPRESS,
+                        help="shapes of the scan, such as 64,49,256,16 (default: those of the device)")
+    parser.add_argument("--repeats", type=int, default=7,
+                        help="samples of each time, of which the median counts")
+    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS,
+                        help="the JSON file (default: results/bench_scan_DEVICE.json)")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats must be at least 1, but is {arguments.repeats}")
@@ -114,10 +116,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    shape = tuple(int(part) for part in text.split(","))
-    if len(shape) != 4 or min(shape) < 1:
+    numbers = text.split(",")
+    if len(numbers) != 4 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
         raise argparse.ArgumentTypeError(f"must be four numbers b,l,e,n from 1 up, but is {text}")
-    return shape
+    return tuple(map(int, numbers))
 
 
 # ---- What is timed -----------------------------------------------------------------------------------------
@@ -157,8 +159,8 @@ def bench_scan(shape: tuple[int, ...], repeats: int, device: torch.device,
     check_agreement({name: both(scan) for name, scan in functions.items()})
     rows = []
     for task, run in (("forward", forward), ("forward + backward", both)):
-        times = timing.interleave({name: lambda run=run, scan=scan: run(scan) for name, scan in functions.items()},
-                                  repeats, device)
+        calls = {name: lambda run=run, scan=scan: run(scan) for name, scan in functions.items()}
+        times = timing.interleave(calls, repeats, device)
         rows += make_rows(task, shape, times, device, targets)
     return rows
 
@@ -207,7 +209,8 @@ def check_agreement(results: dict[str, list[Tensor]]) -> None:
     """Stop where two scans disagree: a time of something else would mean nothing."""
     first, *others = results
     for other in others:
-        worst = max(((a - b).norm() / b.norm()).item() for a, b in zip(results[other], results[first], strict=True))
+        worst = max(((a - b).norm() / b.norm()).item()
+                    for a, b in zip(results[other], results[first], strict=True))
         if not worst <= AGREEMENT:
             raise UserError(f"{other} and {first} disagree, relative error {worst:.1e}; nothing is timed")
 
@@ -232,8 +235,8 @@ def show(rows: list[Row]) -> list[Row]:
         verdict = ""
         if row.target is not None and row.ratio is not None:
             verdict = f"{row.target:.0f}× {'pass' if row.ratio >= row.target else 'miss'}"
-        print(f"{row.task:<20}{row.shape:<20}{row.implementation:<12}{row.median_ms:>9.2f} ms{row.spread:>9.0%}"
-              f"{ratio:>17}{verdict:>14}", flush=True)
+        print(f"{row.task:<20}{row.shape:<20}{row.implementation:<12}{row.median_ms:>9.2f} ms"
+              f"{row.spread:>9.0%}{ratio:>17}{verdict:>14}", flush=True)
     return rows
 
 

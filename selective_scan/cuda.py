@@ -38,9 +38,9 @@ else:
     def arange(size: constexpr, layout: constexpr):
         return gl.arange(0, size, layout)
 
-CHUNK = 8                # steps between state checkpoints
-UNROLL = 4               # steps whose inputs the forward loads at a time; divides CHUNK
-KEPT = 4                 # steps whose states the backward keeps in registers at a time; divides CHUNK
+CHUNK = 8   # steps between state checkpoints
+UNROLL = 2  # steps whose inputs are loaded at a time; divides CHUNK
+KEPT = 2    # steps whose states the backward keeps in registers at a time; divides CHUNK
 LOG2_E = constexpr(1.4426950408889634)
 LN_2 = constexpr(0.6931471805599453)
 
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
 
 def _plan(batch: int, length: int, channels: int, backward: bool) -> Plan:
     """The one place where a shape chooses its kernel configuration."""
-    plan = Plan(4, 4, 1, 168, 0)
+    plan = Plan(thread_channels=2, lanes_n=2, warps=1, registers=168 if backward else 128, segment=0)
     programs = batch * triton.cdiv(channels, plan.block)
     # A step waits for memory and for the step before it: some 2,000 programs hide that on 132 processors.
     segments = max(1, min(2048 // programs, length // 64))

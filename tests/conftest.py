@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import cpu_settings  # noqa: F401, I001  (before torch: it reads them once)
+import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
 
 import os
 

@@ -334,3 +334,19 @@ def test_self_check_fails_where_an_implementation_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(self_check, "run_implementation", wrong)
     assert self_check.main() == 1
     assert "FAIL" in capsys.readouterr().out
+
+
+def test_step_equals_the_parallel_pass_token_by_token():
+    mixer = SelectiveScan(24)
+    x = torch.randn(3, 37, 24)
+    state, tokens = None, []
+    for t in range(x.shape[1]):
+        y, state = mixer.step(x[:, t], state)
+        tokens.append(y)
+    torch.testing.assert_close(torch.stack(tokens, dim=1), mixer(x), rtol=1e-5, atol=1e-6)
+    assert state[0].shape == (3, 3, 48) and state[1].shape == (3, 48, 16)
+
+
+def test_step_of_a_bidirectional_mixer_is_an_error():
+    with pytest.raises(ValueError, match="one direction"):
+        SelectiveScan(8, bidirectional=True).step(torch.randn(1, 8))

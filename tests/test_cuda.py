@@ -1,0 +1,122 @@
+"""The CUDA kernels against the float64 reference: on a GPU, or on the CPU in Triton's interpreter.
+
+The interpreter is switched on before Triton is imported, so a machine without a GPU runs this file once more
+in a process of its own (`test_in_tritons_interpreter`).
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from selective_scan import available_implementations, run_implementation
+
+TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 2e-2), torch.float16: (2e-3, 4e-3)}
+NAMES = ("out", "last_state", "u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+SHAPES = [(2, 1, 3, 1), (1, 2, 5, 3), (2, 7, 37, 16), (1, 37, 20, 64), (1, 131, 3, 5)]  # the last in segments
+if torch.cuda.is_available():  # too much for the interpreter
+    SHAPES += [(3, 28, 300, 16), (3, 196, 300, 16), (2, 300, 100, 16), (2, 2049, 100, 16), (1, 16384, 40, 16)]
+CASES = [(shape, dtype) for shape in SHAPES for dtype in TOLERANCE
+         if torch.cuda.is_available() or dtype is torch.float32 or shape == SHAPES[2]]
+
+runs_here = pytest.mark.skipif("triton" not in available_implementations("cuda" if torch.cuda.is_available()
+                                                                         else "cpu"),
+                               reason="no GPU, and Triton's interpreter is off")
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
+                    reason="the kernels run in this process")
+def test_in_tritons_interpreter():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def make(shape, dtype, device):
+    b, l, e, n = shape
+
+    def randn(*size):
+        return torch.randn(size, dtype=torch.float64, device=device).to(dtype)
+
+    A = -16 * torch.rand(e, n, device=device)
+    return [randn(b, l, e), randn(b, l, e), A, randn(b, l, n), randn(b, l, n), randn(e).float(), randn(b, l, e),
+            randn(e).float() - 2]
+
+
+def results(name, tensors, weights, softplus=True):
+    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
+    out, state = run_implementation(name, *leaves, delta_softplus=softplus, return_last_state=True)
+    inputs = [leaf for leaf in leaves if leaf is not None]
+    gradients = iter(torch.autograd.grad([out, state], inputs, [weights[0].to(out.dtype), weights[1].to(state.dtype)]))
+    return [out.detach(), state.detach(), *(None if leaf is None else next(gradients) for leaf in leaves)]
+
+
+def assert_close(got, right, dtype):
+    for index, (name, a, b) in enumerate(zip(NAMES, got, right, strict=True)):
+        if a is None:
+            continue
+        # (Where there is one step alone, the gradient of A is zero: no state comes before it.)
+        error = ((a.double() - b).norm() / b.norm().clamp(min=1e-30)).item()
+        limit = TOLERANCE[dtype][index > 1]
+        assert error < limit, f"{name}: relative error {error:.1e}, allowed {limit:.0e}"
+
+
+@runs_here
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
+def test_output_and_every_gradient(shape, dtype, seed, device):
+    tensors = make(shape, dtype, device)
+    b, l, e, n = shape
+    weights = torch.randn(b, l, e, device=device).to(dtype), torch.randn(b, e, n, device=device)
+    right = results("reference" if l < 1000 else "portable", [tensor.double() for tensor in tensors], weights)
+    got = results("triton", tensors, weights)
+    assert_close(got, right, dtype)
+    again = results("triton", tensors, weights)
+    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+
+
+@runs_here
+@pytest.mark.parametrize(("absent", "softplus"), [((), False), ((5,), True), ((6,), False), ((7,), True),
+                                                  ((5, 6, 7), False)], ids=str)
+def test_optional_arguments(absent, softplus, seed, device):
+    tensors = [None if i in absent else tensor for i, tensor in enumerate(make((2, 11, 20, 4), torch.float32, device))]
+    if not softplus:
+        tensors[1], tensors[7] = (None if i in absent else tensors[i].abs() for i in (1, 7))
+    weights = torch.randn(2, 11, 20, device=device), torch.randn(2, 20, 4, device=device)
+    wide = [None if tensor is None else tensor.double() for tensor in tensors]
+    assert_close(results("triton", tensors, weights, softplus), results("reference", wide, weights, softplus),
+                 torch.float32)
+
+
+@runs_here
+def test_slices_of_a_projection_are_read_where_they_lie(seed, device):
+    u, delta, A, B, C, D, z, bias = make((2, 21, 24, 4), torch.float32, device)
+    weights = torch.randn(2, 21, 24, device=device), torch.randn(2, 24, 4, device=device)
+    plain = results("triton", [u, delta, A, B, C, D, z, bias], weights)
+    both, projected = torch.cat([u, z], dim=2), torch.cat([torch.randn_like(B[..., :3]), B, C], dim=2)
+    sliced = [both[..., :24], delta, A, projected[..., 3:7], projected[..., 7:], D, both[..., 24:], bias]
+    assert all(torch.equal(a, b) for a, b in zip(results("triton", sliced, weights), plain, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_compile_export_and_graph_capture(seed):
+    from mamba_ssm_simple import VisionMamba2
+
+    model = VisionMamba2(d_model=32, num_blocks=2).cuda().eval()
+    images = torch.randn(4, 1, 28, 28, device="cuda")
+    expected = model(images)
+    compiled = torch.compile(model, fullgraph=True)(images)
+    torch.testing.assert_close(compiled, expected, rtol=1e-3, atol=1e-4)
+    compiled.sum().backward()
+    with torch.no_grad():
+        exported = torch.export.export(model, (images,)).module()(images)
+        torch.testing.assert_close(exported, expected, rtol=1e-3, atol=1e-4)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(images)
+        images.copy_(torch.randn_like(images))
+        graph.replay()
+        torch.testing.assert_close(captured, model(images), rtol=1e-3, atol=1e-4)
