@@ -20,6 +20,7 @@ Letters, here and everywhere:
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +58,8 @@ class StateSpace(nn.Module):
     def mix(self, x: Tensor, z: Tensor) -> Tensor:
         """x and gate z (b, l, e) → (b, l, e)."""
         x = F.silu(causal_conv(x, self.conv1d.weight, self.conv1d.bias))
-        e, n = self.A_log.shape
-        delta, B, C = self.x_proj(x).split([self.dt_proj.in_features, n, n], dim=-1)  # (b, l, r), 2 × (b, l, n)
+        r, n = self.dt_proj.in_features, self.A_log.shape[1]
+        delta, B, C = self.x_proj(x).split([r, n, n], dim=-1)                         # (b, l, r), 2 (b, l, n)
         delta = F.linear(delta, self.dt_proj.weight)                                  # (b, l, e)
         A = -torch.exp(self.A_log.float())                                            # (e, n)
         return selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True)
@@ -104,7 +105,8 @@ class SelectiveScan(StateSpace):
         return self.out_proj(y)
 
 
-    def step(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def step(self, x: Tensor,
+             state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One token x (b, d) → (b, d), equal to `forward` token by token, in memory that does not grow.
 
         `state` is what the step before returned, or None before the first token: the last w−1 inputs of the
@@ -114,7 +116,7 @@ class SelectiveScan(StateSpace):
             ValueError: a bidirectional mixer, which needs the tokens to come.
         """
         if self.backward_direction is not None:
-            raise ValueError("step needs a mixer of one direction; the other one would need the tokens to come")
+            raise ValueError("step needs a mixer of one direction; the other would need the tokens to come")
         x, z = self.in_proj(x).chunk(2, dim=-1)                                       # 2 × (b, e)
         e, n = self.A_log.shape
         taps = self.conv1d.kernel_size[0]
@@ -184,8 +186,8 @@ class VisionMamba2(nn.Module):
     """
 
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
-                 patch_size: int = 4, scan: str = "cross", d_state: int = 16, d_conv: int = 4, expand: int = 2,
-                 bidirectional: bool = False):
+                 patch_size: int = 4, scan: str = "cross", d_state: int = 16, d_conv: int = 4,
+                 expand: int = 2, bidirectional: bool = False):
         super().__init__()
         self.stem = stem(in_channels, d_model, patch_size)
         self.blocks = nn.ModuleList(
@@ -215,8 +217,9 @@ def stem(in_channels: int, d_model: int, patch_size: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(in_channels, d_model, 1))
     widths = [in_channels, *(max(1, d_model >> (halvings - i)) for i in range(1, halvings + 1))]
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU()]
+    for before, after in pairwise(widths):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after),
+                   nn.SiLU()]
     return nn.Sequential(*layers)
 
 
@@ -232,7 +235,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def to_sequence(x: Tensor, direction: str, rows: bool = False) -> Tensor:
-    """Feature map (b, height, width, d) → sequences (b, height · width, d), or (b · height, width, d) by rows."""
+    """Feature map (b, height, width, d) → (b, height · width, d), or (b · height, width, d) by rows."""
     if direction in ("down", "up"):
         x = x.transpose(1, 2)
     x = x.flatten(0, 1) if rows else x.flatten(1, 2)

@@ -21,7 +21,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-CHUNK = 8        # steps between state checkpoints: 2 · 8 · 16 · 256 floats of scratch fit a second-level cache
+CHUNK = 8        # steps between checkpoints: 2 · 8 · 16 · 256 floats of scratch fit a second-level cache
 BLOCK = 256      # channels of one task: 16 states of 256 floats and their A fit a 48 KB first-level cache
 SLICES = 32      # slices of the batch; fixed, so that sums over the batch have one order whatever the threads
 
@@ -37,7 +37,7 @@ kernel = njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True, bounds
 def exp2(x):
     """2^x for float32, clamped to the normal range; minimax polynomial on [−½, ½]."""
     x = max(min(x, np.float32(127.0)), np.float32(-126.0))
-    biased = np.int32(x + np.float32(127.5))  # rounds to the nearest exponent; positive, so truncation is floor
+    biased = np.int32(x + np.float32(127.5))  # the nearest exponent; positive, so truncation is floor
     f = x - np.float32(biased - np.int32(127))
     p = np.float32(1.5353362e-4)
     p = p * f + np.float32(1.3398874e-3)
@@ -56,7 +56,7 @@ def sigmoid(x):
 
 @njit(fastmath=FAST, error_model="numpy", inline="always")
 def softplus(x):
-    """log(1 + e^x) = max(x, 0) + log1p(y), y = e^−|x|; log1p(y) = 2 artanh(y / (2 + y)), small by its series."""
+    """log(1 + e^x) = max(x, 0) + log1p(y), y = e^−|x|; log1p(y) = 2 artanh(y / (2 + y)) by its series."""
     y = exp2(-abs(x) * LOG2_E)
     s = y / (np.float32(2.0) + y)  # at most ⅓, so eight terms reach float32
     q = s * s
@@ -86,8 +86,8 @@ def step_sizes(delta, bias, with_softplus, dt, slope):
 
 
 @kernel
-def forward_task(first, last, channel, length, chunk, save, strides, u, delta, A2, B, C, D, z, bias, with_softplus,
-                 out, last_state, checkpoints):
+def forward_task(first, last, channel, length, chunk, save, strides, u, delta, A2, B, C, D, z, bias,
+                 with_softplus, out, last_state, checkpoints):
     """Forward of batch items first..last−1 and the A2.shape[1] channels from `channel` on."""
     n, width = A2.shape
     h = np.empty((n, width), np.float32)
@@ -135,7 +135,8 @@ def backward_task(first, last, channel, length, chunk, strides, u, delta, A2, B,
 
     dA, dD and dbias are this task's own sums over the batch; dB and dC this block's own sums over channels.
     With g_t = ∂loss/∂h_t = C_t ∂y_t + exp(Δ_{t+1} A) g_{t+1}:
-    ∂B_t = Σ_e g_t Δ_t u_t,  ∂C_t = Σ_e h_t ∂y_t,  ∂(Δ_t A) = g_t exp(Δ_t A) h_{t−1},  ∂(Δ_t u_t) = Σ_n g_t B_t.
+    ∂B_t = Σ_e g_t Δ_t u_t,  ∂C_t = Σ_e h_t ∂y_t,  ∂(Δ_t u_t) = Σ_n g_t B_t,
+    ∂(Δ_t A) = g_t exp(Δ_t A) h_{t−1}.
     """
     n, width = A2.shape
     g = np.empty((n, width), np.float32)
@@ -262,7 +263,7 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
     given = [tensor.float().contiguous().numpy() for tensor in (checkpoints, dout, dlast_state)]
     du, ddelta = torch.empty(b, l, e), torch.empty(b, l, e)
     dz = torch.empty(b, l, e) if z is not None else None
-    # Sums over channels are kept for each block, sums over the batch for each slice, then added in that order.
+    # Sums over channels are kept for each block, sums over the batch for each slice, then added in order.
     dB, dC = torch.empty(len(blocks), b, l, n), torch.empty(len(blocks), b, l, n)
     dA = torch.zeros(len(slices), n, e)
     dD, dbias = torch.zeros(2, len(slices), e)
@@ -289,7 +290,7 @@ NOTHING_3D = np.empty((0, 0, 0), np.float32)
 
 
 def _sequences(*tensors: Tensor | None) -> tuple[list[np.ndarray], np.ndarray]:
-    """The inputs (b, l, ·) as flat arrays with their strides over batch and time, copied only where needed.
+    """The inputs (b, l, ·) as flat arrays with strides over batch and time, copied only where needed.
 
     Slices of a linear layer's output have rows apart; as flat arrays with explicit strides they need no copy,
     and LLVM still knows that channels are adjacent.

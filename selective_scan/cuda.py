@@ -64,8 +64,8 @@ class Plan(NamedTuple):
         N = max(self.lanes_n, triton.next_power_of_2(n))
         along_n = along_e = None
         if not INTERPRETED:
-            tile = gl.BlockedLayout([N // self.lanes_n, self.thread_channels], [self.lanes_n, 32 // self.lanes_n],
-                                    [1, self.warps], [1, 0])
+            tile = gl.BlockedLayout([N // self.lanes_n, self.thread_channels],
+                                    [self.lanes_n, 32 // self.lanes_n], [1, self.warps], [1, 0])
             along_n, along_e = gl.SliceLayout(1, tile), gl.SliceLayout(0, tile)
         return {"N": N, "BLOCK": self.block, "ALONG_N": along_n, "ALONG_E": along_e, "num_warps": self.warps,
                 "maxnreg": self.registers}
@@ -85,8 +85,7 @@ def _plan(batch: int, length: int, channels: int, backward: bool) -> Plan:
 
 @jit
 def softplus(x):
-    """log(1 + e^x) = max(x, 0) + log1p(y), y = e^−|x|, by a minimax polynomial in y: log(1 + y) would lose the
-    digits of a small Δ."""
+    """log(1 + e^x) = max(x, 0) + log1p(y), y = e^−|x|, by a minimax polynomial: log(1 + y) loses digits."""
     y = gl.exp2(-gl.abs(x) * LOG2_E)
     p = 0.00512610214 * y - 0.0290740647
     p = p * y + 0.0775160868
@@ -159,10 +158,9 @@ def advance(h, dt, x, B_t, A2):
 def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, checkpoints,
                    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
                    length, channels, N_STATE, segment, segments,
-                   ALIGN: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
-                   SAVE: constexpr, SEGMENTED: constexpr, N: constexpr, BLOCK: constexpr, ALONG_N: constexpr,
-                   ALONG_E: constexpr,
-                   CHUNK: constexpr, UNROLL: constexpr):
+                   ALIGN: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
+                   SOFTPLUS: constexpr, SAVE: constexpr, SEGMENTED: constexpr, N: constexpr, BLOCK: constexpr,
+                   ALONG_N: constexpr, ALONG_E: constexpr, CHUNK: constexpr, UNROLL: constexpr):
     e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
     b = (gl.program_id(1) // segments).to(gl.int64)
     part = gl.program_id(1) % segments
@@ -225,12 +223,12 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
                     du, ddelta, dA, dB, dC, dD, dz, dbias,
                     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dout_b, dout_l,
                     length, channels, N_STATE, segment, segments, batch,
-                    ALIGN: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
-                    HAS_LEAVING: constexpr, N: constexpr, BLOCK: constexpr, ALONG_N: constexpr,
-                   ALONG_E: constexpr, CHUNK: constexpr,
-                    KEPT: constexpr):
+                    ALIGN: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
+                    SOFTPLUS: constexpr, HAS_LEAVING: constexpr, N: constexpr, BLOCK: constexpr,
+                    ALONG_N: constexpr, ALONG_E: constexpr, CHUNK: constexpr, KEPT: constexpr):
     """With g_t = ∂loss/∂h_t = C_t ∂y_t + exp(Δ_{t+1} A) g_{t+1}:
-    ∂B_t = Σ_e g_t Δ_t u_t,  ∂C_t = Σ_e h_t ∂y_t,  ∂(Δ_t A) = g_t exp(Δ_t A) h_{t−1},  ∂(Δ_t u_t) = Σ_n g_t B_t.
+    ∂B_t = Σ_e g_t Δ_t u_t,  ∂C_t = Σ_e h_t ∂y_t,  ∂(Δ_t u_t) = Σ_n g_t B_t,
+    ∂(Δ_t A) = g_t exp(Δ_t A) h_{t−1}.
 
     `leaving` holds exp(Δ_{t+1} A) g_{t+1} at the last step t of each segment.
     """
@@ -269,7 +267,8 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
             at = (b * ((length - 1) // CHUNK) + begin // CHUNK - 1) * N_STATE * channels
             h = gl.load(checkpoints + at + states, mask=inside, other=0.0)
         for t in range(begin, first):
-            dt = step_size(load_step(delta_0 + t * delta_l, e, channels), bias_e, e, channels, SOFTPLUS)
+            raw = load_step(delta_0 + t * delta_l, e, channels)
+            dt = step_size(raw, bias_e, e, channels, SOFTPLUS)
             x = dt * load_step(u_0 + t * u_l, e, channels)
             h = advance(h, dt, x, load_step(B_0 + t * B_l, n, N_STATE), A2)
         left = stop - first
@@ -337,8 +336,9 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
 def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
                    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dout_b, dout_l,
                    length, channels, N_STATE, segment, segments,
-                   ALIGN: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr, REVERSE: constexpr,
-                   N: constexpr, BLOCK: constexpr, ALONG_N: constexpr, ALONG_E: constexpr, UNROLL: constexpr):
+                   ALIGN: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
+                   REVERSE: constexpr, N: constexpr, BLOCK: constexpr, ALONG_N: constexpr, ALONG_E: constexpr,
+                   UNROLL: constexpr):
     """What one segment adds to the state after it (or, in REVERSE, to the gradient before it), and its ΣΔ."""
     e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
     b = (gl.program_id(1) // segments).to(gl.int64)
@@ -387,7 +387,8 @@ def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
 
 @jit
 def carry_kernel(A, carried, delta_sums, begin, entering, channels, N_STATE, segments,
-                 HAS_BEGIN: constexpr, REVERSE: constexpr, N: constexpr, BLOCK: constexpr, ALONG_N: constexpr, ALONG_E: constexpr):
+                 HAS_BEGIN: constexpr, REVERSE: constexpr, N: constexpr, BLOCK: constexpr, ALONG_N: constexpr,
+                 ALONG_E: constexpr):
     """What enters each segment, from what each adds: h ← exp(A ΣΔ) h + carried, segment after segment."""
     e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
     b = gl.program_id(1).to(gl.int64)

@@ -16,7 +16,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton's interpreter runs the CUDA kernels on CPU tensors, slowly: for tests on machines without a GPU.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-MODULES = {"triton": "selective_scan.cuda", "numba": "selective_scan.cpu", "portable": "selective_scan.portable"}
+MODULES = {"triton": "selective_scan.cuda", "numba": "selective_scan.cpu",
+           "portable": "selective_scan.portable"}
 
 
 def selective_scan(
@@ -100,7 +101,8 @@ def run_implementation(
     """`selective_scan` by the implementation named: for tests and benchmarks."""
     _check(u, delta, A, B, C, D, z, delta_bias)
     if name == "reference":
-        return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+        return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus,
+                                        return_last_state)
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     out, last_state, _ = _forward(*tensors, delta_softplus, save, name)

@@ -29,7 +29,7 @@ def selective_scan_fn(
             each group for dim / groups neighbouring channels.
         D, delta_bias: (dim,). delta_softplus, return_last_state: as in `selective_scan`.
 
-    A constant B or C, a special case that Mamba itself does not use, costs memory for all states of all steps.
+    A constant B or C, which Mamba itself does not use, costs memory for all states of all steps.
 
     Returns:
         out (batch, dim, length) in u's dtype; with return_last_state also the state (batch, dim, state).

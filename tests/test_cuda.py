@@ -31,7 +31,8 @@ runs_here = pytest.mark.skipif("triton" not in available_implementations("cuda" 
 def test_in_tritons_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500)
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+                          timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
@@ -43,15 +44,16 @@ def make(shape, dtype, device):
         return torch.randn(size, dtype=torch.float64, device=device).to(dtype)
 
     A = -16 * torch.rand(e, n, device=device)
-    return [randn(b, l, e), randn(b, l, e), A, randn(b, l, n), randn(b, l, n), randn(e).float(), randn(b, l, e),
-            randn(e).float() - 2]
+    D, bias = randn(e).float(), randn(e).float() - 2
+    return [randn(b, l, e), randn(b, l, e), A, randn(b, l, n), randn(b, l, n), D, randn(b, l, e), bias]
 
 
 def results(name, tensors, weights, softplus=True):
     leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
     out, state = run_implementation(name, *leaves, delta_softplus=softplus, return_last_state=True)
     inputs = [leaf for leaf in leaves if leaf is not None]
-    gradients = iter(torch.autograd.grad([out, state], inputs, [weights[0].to(out.dtype), weights[1].to(state.dtype)]))
+    weights = [weight.to(tensor.dtype) for weight, tensor in zip(weights, (out, state), strict=True)]
+    gradients = iter(torch.autograd.grad([out, state], inputs, weights))
     return [out.detach(), state.detach(), *(None if leaf is None else next(gradients) for leaf in leaves)]
 
 
@@ -82,7 +84,8 @@ def test_output_and_every_gradient(shape, dtype, seed, device):
 @pytest.mark.parametrize(("absent", "softplus"), [((), False), ((5,), True), ((6,), False), ((7,), True),
                                                   ((5, 6, 7), False)], ids=str)
 def test_optional_arguments(absent, softplus, seed, device):
-    tensors = [None if i in absent else tensor for i, tensor in enumerate(make((2, 11, 20, 4), torch.float32, device))]
+    tensors = make((2, 11, 20, 4), torch.float32, device)
+    tensors = [None if i in absent else tensor for i, tensor in enumerate(tensors)]
     if not softplus:
         tensors[1], tensors[7] = (None if i in absent else tensors[i].abs() for i in (1, 7))
     weights = torch.randn(2, 11, 20, device=device), torch.randn(2, 20, 4, device=device)

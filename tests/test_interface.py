@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from selective_scan import selective_scan_fn
 
 b, e, l, n, groups = 2, 6, 19, 4, 3
+NAMES = ("out", "state", "u", "delta", "A", "B", "C", "D", "z", "delta_bias")
 
 
 def written_out(u, delta, A, B, C, D, z, delta_bias):
@@ -31,7 +32,8 @@ def written_out(u, delta, A, B, C, D, z, delta_bias):
 def test_every_layout_of_b_and_c(dims, device):
     shapes = {2: (e, n), 3: (b, n, l), 4: (b, groups, n, l)}
     tensors = [torch.randn(shape, dtype=torch.float64, device=device)
-               for shape in ((b, e, l), (b, e, l), (e, n), shapes[dims[0]], shapes[dims[1]], (e,), (b, e, l), (e,))]
+               for shape in ((b, e, l), (b, e, l), (e, n), shapes[dims[0]], shapes[dims[1]], (e,), (b, e, l),
+                             (e,))]
     tensors[2] = -tensors[2].abs()
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     expected = written_out(*leaves)
@@ -40,7 +42,7 @@ def test_every_layout_of_b_and_c(dims, device):
     narrow = [tensor.float().requires_grad_() for tensor in tensors]
     got = selective_scan_fn(*narrow, delta_softplus=True, return_last_state=True)
     gradients = torch.autograd.grad(got, narrow, [weight.float() for weight in weights])
-    for name, value, right in zip(("out", "state", *"u delta A B C D z delta_bias".split()), (*got, *gradients),
+    for name, value, right in zip(NAMES, (*got, *gradients),
                                   (*expected, *wanted), strict=True):
         error = (value.double() - right).norm() / right.norm()
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
