@@ -22,7 +22,8 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository
 
-import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
+if "--plain" not in sys.argv:
+    import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,8 @@ def main() -> None:
         rows += show(bench_step(arguments.repeats, device, plan.targets))
     if "table" in arguments.parts and device.type == "cuda":
         table = cuda_table.measure()
-    output = getattr(arguments, "output", ROOT / "results" / f"bench_scan_{device.type}.json")
+    name = f"bench_scan_{device.type}{'_plain' if arguments.plain else ''}.json"
+    output = getattr(arguments, "output", ROOT / "results" / name)
     output.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "mambapy": timing.version("mambapy"), "repeats": arguments.repeats,
               "rows": [row._asdict() for row in rows], "table": table}
@@ -110,10 +112,12 @@ def parse_arguments() -> argparse.Namespace:
                              "table: on a GPU, all shapes beside their floors")
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="b,l,e,n", default=argparse.SUPPRESS,
                         help="shapes of the scan, such as 64,49,256,16 (default: those of the device)")
+    parser.add_argument("--plain", action="store_true",
+                        help="leave out cpu_settings.py, whose memory settings speed mambapy up, too")
     parser.add_argument("--repeats", type=int, default=7,
                         help="samples of each time, of which the median counts")
     parser.add_argument("--output", type=Path, default=argparse.SUPPRESS,
-                        help="the JSON file (default: results/bench_scan_DEVICE.json)")
+                        help="the JSON file (default: results/bench_scan_DEVICE.json, and _plain with --plain)")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats must be at least 1, but is {arguments.repeats}")

@@ -27,6 +27,7 @@ def interleave(functions: dict[str, Callable[[], object]], repeats: int,
 
     What else the machine does meanwhile then meets all of them, and sample i of one belongs to sample i of
     another. Before that each is called twice: the first call compiles, the second says how long one takes.
+    Each sample follows a call that does not count, so that none pays for the caches the one before it filled.
     """
     calls = {}
     for name, function in functions.items():
@@ -35,6 +36,7 @@ def interleave(functions: dict[str, Callable[[], object]], repeats: int,
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():
+            function()
             times[name].append(_seconds(function, calls[name], device))
     return times
 

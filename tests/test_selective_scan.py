@@ -48,6 +48,7 @@ OPTIONAL = ("D", "z", "delta_bias")
 pytestmark = pytest.mark.usefixtures("seed")
 for_each_implementation = pytest.mark.parametrize("name", IMPLEMENTATIONS)
 for_each_kernel = pytest.mark.parametrize("name", KERNELS)
+not_interpreted = pytest.mark.skipif(dispatch.INTERPRETED, reason="Triton's interpreter is for one thread")
 
 
 # ---- Helpers ----------------------------------------------------------------------------------------------
@@ -379,6 +380,7 @@ def test_no_grad_and_inference_mode(name):
         assert torch.equal(out, expected)
 
 
+@not_interpreted
 @for_each_implementation
 def test_two_python_threads_at_once(name):
     cases = [random_inputs(SMALL), random_inputs(MANY_TASKS)]
@@ -398,6 +400,7 @@ def run_in_child(name: str, inputs: dict[str, Tensor], cotangents: list[Tensor],
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or DEVICE != "cpu", reason="CUDA does not fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@not_interpreted
 @for_each_kernel
 def test_forked_child(name, threads):
     """A data loader's worker is a fork: it inherits the parent's thread pool without its threads.
