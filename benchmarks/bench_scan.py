@@ -117,7 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7,
                         help="samples of each time, of which the median counts")
     parser.add_argument("--output", type=Path, default=argparse.SUPPRESS,
-                        help="the JSON file (default: results/bench_scan_DEVICE.json, and _plain with --plain)")
+                        help="the JSON file (default: results/bench_scan_DEVICE.json, _plain with --plain)")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats must be at least 1, but is {arguments.repeats}")

@@ -21,7 +21,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-CHUNK = 8        # steps between checkpoints: 2 · 8 · 16 · 256 floats of scratch fit a second-level cache
+CHUNK = 16       # steps between checkpoints: 2 · 16 · 16 · 256 floats of scratch fit a second-level cache
 BLOCK = 256      # channels of one task: 16 states of 256 floats and their A fit a 48 KB first-level cache
 SLICES = 32      # slices of the batch; fixed, so that sums over the batch have one order whatever the threads
 
