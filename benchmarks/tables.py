@@ -1,0 +1,97 @@
+"""Write the tables of README.md and benchmarks/README.md from results/*.json, so that no figure can drift.
+
+    python benchmarks/tables.py           write them
+    python benchmarks/tables.py --check   exit 2 if one of them is not what the files say
+
+A table stands between <!-- table NAME --> and <!-- end -->.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository
+
+from errors import ArgumentParser, UserError, run_script
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+
+
+def main() -> None:
+    parser = ArgumentParser(description="Write the tables of both README.md from results/*.json.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a table differs")
+    check = parser.parse_args().check
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        filled = fill(text)
+        if check and filled != text:
+            raise UserError(f"{page.name} differs from results/; run: python benchmarks/tables.py")
+        if not check:
+            page.write_text(filled, encoding="utf-8")
+
+
+def fill(text: str) -> str:
+    """A page with every table made anew."""
+    def made(match: re.Match) -> str:
+        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+    return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", made, text, flags=re.S)
+
+
+def result(name: str) -> dict:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def machine(facts: dict) -> str:
+    chip = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} cores"
+    return f"{chip}; PyTorch {facts['torch']}"
+
+
+def training() -> str:
+    lines = ["| command | test accuracy | an epoch takes | on |", "|---|---|---|---|"]
+    for name in ("mnist-1-epoch",):
+        found = result(name)
+        accuracy = found["test_accuracy"]
+        command = " ".join(["python train_mamba.py", *found["arguments"]])
+        lines.append(f"| `{command}` | {100 * accuracy['mean']:.2f} ± "
+                     f"{100 * accuracy['std']:.2f} % ({len(found['runs'])} seeds) | "
+                     f"{found['seconds_an_epoch']:.0f} s | {machine(found['machine'])} |")
+    return "\n".join(lines)
+
+
+def scan_on_cpu() -> str:
+    """Ours against mambapy, with our memory settings for both and without them for either."""
+    files = {"with `cpu_settings`": result("bench_scan_cpu"), "without": result("bench_scan_cpu_plain")}
+    lines = [f"On {machine(files['without']['machine'])}.", "",
+             "| task | (batch, length, channels, states) | settings | times faster than mambapy | aim |",
+             "|---|---|---|---|---|"]
+    for settings, found in files.items():
+        for row in found["rows"]:
+            if row["implementation"] == "numba":
+                aim = "" if row["target"] is None else f"{row['target']:.0f}×"
+                lines.append(f"| {row['task']} | ({row['shape'].replace(',', ', ')}) | {settings} | "
+                             f"{row['ratio']:.1f}× | {aim} |")
+    return "\n".join(lines)
+
+
+def scan_on_cuda() -> str:
+    found = result("bench_scan_cuda")
+    table = found["table"]
+    bandwidth = table["copy_bytes_per_second"] / 1e12
+    lines = [f"On {machine(found['machine'])}, copy bandwidth {bandwidth:.2f} TB/s. "
+             "Median µs, forward / backward; the aims are for an H100.", "",
+             "| | (batch, length, channels, states) | floor | measured | aim |", "|---|---|---|---|---|"]
+    for row in table["rows"]:
+        cells = (" / ".join(f"{value:.0f}" for value in row[key])
+                 for key in ("floor_us", "median_us", "target_us"))
+        lines.append(f"| {row['name']} | ({', '.join(map(str, row['shape']))}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"training": training, "scan-cpu": scan_on_cpu, "scan-cuda": scan_on_cuda}
+
+if __name__ == "__main__":
+    run_script(main)
