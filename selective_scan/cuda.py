@@ -4,10 +4,10 @@ A program owns one batch item, one block of channels and one segment of time. Th
 [n, channels] in registers; time is sequential. That keeps the whole chip busy for the short rows of images,
 where a scan along time leaves most threads idle. Where batch × channels is too small to fill it, time is cut
 into segments: A is diagonal and constant, so a segment's decay is exp(A ΣΔ), and what enters it follows from
-two cheap passes (`_plan` chooses; `segment_kernel` makes the first pass, `_carry` the second).
+two passes before (`_plan` chooses; `segment_kernel`, then `carry_kernel`).
 
-The forward keeps the state before every CHUNK steps; the backward recomputes the steps between from it, the
-states of one chunk in registers. Sums over the batch and over channel blocks are made of partial sums in a
+The forward keeps the state before every CHUNK steps; the backward recomputes the others from it, KEPT
+steps at a time, in registers. Sums over the batch and over channel blocks are made of partial sums in a
 fixed order, never by atomics: two runs give the same bits.
 
 States and sums are float32 whatever the inputs are.
