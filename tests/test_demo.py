@@ -16,9 +16,12 @@ from PIL import Image, ImageDraw
 import checkpoint
 import data
 import evaluate
-from demo_mamba import Demo, converse, parse_arguments, picture_names, prepare_picture
+from demo_mamba import parse_arguments, picture_names
 from errors import UserError
 from mamba_ssm_simple import VisionMamba2
+from pictures import prepare_picture
+from prompt import converse
+from trained import TrainedModel
 
 ROOT = Path(__file__).parent.parent
 CONFIG = {"num_classes": 10, "d_model": 16, "num_blocks": 1, "in_channels": 1, "patch_size": 2, "d_state": 4}
@@ -197,7 +200,7 @@ def test_own_pictures_and_the_prompt(place):
 
 def test_the_prompt_ends_at_the_end_of_input_and_writes_nothing(place, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("3\n"))
-    converse(Demo(place / "checkpoints" / "tiny.pt", torch.device("cpu"), place / "runs", place))
+    converse(TrainedModel(place / "checkpoints" / "tiny.pt", torch.device("cpu"), place / "runs", place))
     assert not (place / "runs").exists()
 
 
@@ -249,7 +252,7 @@ def test_a_foreign_checkpoint_is_refused(changes):
 def test_a_checkpoint_that_does_not_fit_its_dataset_is_refused(changes, tmp_path):
     checkpoint.save(tmp_path / "odd.pt", contents(**changes))
     with pytest.raises(UserError, match="train it anew"):
-        Demo(tmp_path / "odd.pt", torch.device("cpu"), tmp_path, tmp_path)
+        TrainedModel(tmp_path / "odd.pt", torch.device("cpu"), tmp_path, tmp_path)
 
 
 def test_predict_gives_every_probability_and_leaves_the_mode():

@@ -1,0 +1,110 @@
+"""Anyone's picture of a digit made into one as MNIST has them: centred, scaled, light on dark."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from errors import UserError
+
+MAX_PIXELS = 64 * 2**20
+FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+MIN_CONTRAST = 24  # of 255; less is paper without ink
+
+
+def prepare_picture(path: Path | str, size: int) -> Tensor:
+    """A picture file of one digit as the model knows them: `prepare_grey` of it.
+
+    Raises UserError for a file that is missing, empty, no picture, above 64 megapixels or without ink.
+    """
+    return prepare_grey(read_grey(Path(path)), size, str(path))
+
+
+def prepare_grey(grey: np.ndarray, size: int, name: str) -> Tensor:
+    """One digit, (H, W) float32 of 0 to 255, as the model knows it: (1, 1, size, size) uint8, light on dark.
+
+    The steps are those of MNIST's makers (LeCun, Cortes and Burges, "The MNIST database"; LeCun et al.
+    1998), after the background is found:
+
+    1. The median of the border is the background, the shade furthest from it is the ink: stretch from 0
+       (background) to 255 (ink), which inverts dark on light, and drop the faintest tenth, paper's grain.
+    2. Crop the box around the ink and scale it, keeping its proportions, to fit 20 × 20.
+    3. Put it into 28 × 28 with its centre of mass in the middle.
+
+    For scikit-learn's 8 × 8 digits, which fill their square, the box is the square itself.
+
+    Raises UserError, about `name`, where there is no ink.
+    """
+    edge = max(1, min(grey.shape) // 32)
+    border = (grey[:edge], grey[-edge:], grey[:, :edge], grey[:, -edge:])
+    background = float(np.median(np.concatenate([strip.ravel() for strip in border])))
+    contrast = max(grey.max() - background, grey.min() - background, key=abs)
+    if abs(contrast) < MIN_CONTRAST:
+        raise UserError(f"{name} shows no digit: it is one even shade; use a picture with dark and light")
+    ink = ((grey - background) / contrast - 0.1).clip(0, 0.8) / 0.8
+
+    rows, columns = np.flatnonzero((ink > 0.25).any(axis=1)), np.flatnonzero((ink > 0.25).any(axis=0))
+    ink = ink[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    box = round(size * 20 / 28) if size >= 28 else size
+    scale = box / max(ink.shape)
+    height, width = (max(1, round(scale * side)) for side in ink.shape)
+    whole = Image.fromarray(np.rint(255 * ink).astype(np.uint8))
+    digit = np.asarray(whole.resize((width, height), Image.Resampling.BICUBIC), np.float32).copy()
+    digit *= 255 / max(digit.max(), 1)  # a thin line fades when made small
+
+    top, left = (size - height) / 2, (size - width) / 2
+    if box < size:  # the centre of mass on the pixel that it has in MNIST, 14 of 0 to 27
+        top = size // 2 - (digit.sum(axis=1) @ np.arange(height)) / digit.sum()
+        left = size // 2 - (digit.sum(axis=0) @ np.arange(width)) / digit.sum()
+    top, left = (min(max(round(start), 0), size - side) for start, side in ((top, height), (left, width)))
+    picture = np.zeros((1, 1, size, size), np.uint8)
+    picture[0, 0, top:top + height, left:left + width] = np.rint(digit)
+    return torch.from_numpy(picture)
+
+
+def read_grey(path: Path) -> np.ndarray:
+    """A picture file as (H, W) float32, 0 to 255, at most 1024 pixels a side.
+
+    It is turned upright (EXIF), and transparent parts are laid on a background. Raises UserError.
+    """
+    too_large = UserError(f"{path} has more than {MAX_PIXELS // 2**20} megapixels; make it smaller")
+    if not path.is_file():
+        raise UserError(f"{path} is a folder; name the pictures in it" if path.is_dir() else
+                        f"there is no picture {path}; check the name")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of sizes; we refuse them
+            with Image.open(path, formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise too_large
+                grey = _to_grey(ImageOps.exif_transpose(image))
+    except UserError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise too_large from error
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
+        raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}); use a PNG or JPEG file"
+                        ) from error
+    grey.thumbnail((1024, 1024))
+    return np.asarray(grey, np.float32)
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which Pillow would cut off at 255
+        values = np.nan_to_num(np.asarray(image, np.float32))
+        low, high = values.min(), values.max()
+        return Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-6)))
+    if not image.has_transparency_data:
+        return image.convert("L")
+    grey, alpha = (np.asarray(band, np.float32) for band in image.convert("RGBA").convert("LA").split())
+    alpha /= 255
+    if alpha.mean() > 0.5:  # a picture with holes: fill them with its own background
+        paper = np.median(grey[alpha > 0.5])
+    else:  # strokes on nothing: lay them on what they stand out from
+        paper = 255 if (grey * alpha).sum() < 127.5 * alpha.sum() else 0
+    return Image.fromarray(np.rint(grey * alpha + paper * (1 - alpha)).astype(np.uint8))
