@@ -26,6 +26,7 @@ import train_mamba
 from errors import run_script
 from mamba_ssm_simple import VisionMamba2
 from run_log import RunLog
+from training import Training, accuracy
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split("--dataset digits --epochs 2 --batch-size 32 --lr 1e-2 --d-model 32 --num-blocks 2 "
@@ -181,7 +182,7 @@ def test_the_best_checkpoint_has_the_accuracy_that_it_tells(whole):
     model, dataset = evaluate.rebuild(contents, "cpu"), data.load("digits", "unused")
     for split, name in ((dataset.val, "val_accuracy"), (dataset.test, "test_accuracy")):
         probabilities = evaluate.predict(model, split, dataset, "cpu")
-        assert train_mamba.accuracy(probabilities, split.labels) == best[name]
+        assert accuracy(probabilities, split.labels) == best[name]
 
 
 def test_recording_deltas_changes_nothing():
@@ -252,14 +253,14 @@ def test_ctrl_c_and_resume_as_a_user_does_it(whole, tmp_path):
 
 def interrupt_step(patch: pytest.MonkeyPatch, number: int, times: int = 1) -> None:
     """Ctrl-C, once or twice, while step `number` of the run is computed."""
-    step = train_mamba.Training.train_step
+    step = Training.train_step
 
-    def train_step(training: train_mamba.Training, *batch):
+    def train_step(training: Training, *batch):
         result = step(training, *batch)
         for _ in range(times if training.step == number else 0):
             signal.raise_signal(signal.SIGINT)
         return result
-    patch.setattr(train_mamba.Training, "train_step", train_step)
+    patch.setattr(Training, "train_step", train_step)
 
 
 def interrupt_evaluation(patch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,214 @@
+"""What a training run does and remembers: the step, the learning rate's schedule, an epoch, the whole state.
+
+    training = Training(model, dataset, settings, device)
+    while training.epoch < settings.epochs:
+        training.run_epoch(log, stop)
+
+`Training.update` is the part of a step that runs on the device alone: nothing in it waits for the device or
+depends on a number of Python's that changes from step to step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import signal
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import rng
+from errors import UserError
+from run_log import RunLog
+
+GRADIENT_NORM = 1.0     # gradients are clipped to this Euclidean norm
+LAST_LR = 0.01          # the cosine ends at this fraction of the peak
+LOG_EVERY = 10          # steps between looks at the device: bar, TensorBoard, check for NaN
+
+
+class Training:
+    """A model, its optimiser and how far they have come; all of it goes into a checkpoint and back."""
+
+    def __init__(self, model: nn.Module, dataset: data.Dataset, settings: argparse.Namespace,
+                 device: torch.device):
+        self.model, self.dataset, self.settings, self.device = model, dataset, settings, device
+        # A tensor, where the device reads it, so that a new rate is no new step to a captured CUDA graph.
+        self.rate = torch.tensor(settings.lr, device=device) if device.type == "cuda" else settings.lr
+        self.optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=self.rate,
+                                           fused=device.type in ("cpu", "cuda"),
+                                           capturable=device.type == "cuda")
+        amp = settings.amp if settings.amp != "auto" else "bf16" if device.type == "cuda" else "off"
+        self.amp_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.steps_an_epoch = data.num_batches(dataset.train, settings.batch_size)
+        self.epoch = 0           # epochs finished
+        self.step = 0            # steps finished, of all epochs
+        self.best_accuracy = -1.0
+        # The order of an epoch comes from seed and epoch, so that a resumed run finds it again.
+        self.augmentation = torch.Generator(device).manual_seed(settings.seed)
+        # Of this epoch so far: sums of loss and hits over its images, their number, seconds spent.
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(2, dtype=precise, device=device)
+        self.images, self.seconds = 0, 0.0
+        self.metrics: dict = {}  # of the last epoch finished
+
+    def run_epoch(self, log: RunLog, stop: StopRequest) -> bool:
+        """Train to the end of the epoch; False where a stop was asked for before."""
+        done = self.step - self.epoch * self.steps_an_epoch
+        if done == 0:
+            self.sums.zero_()
+            self.images, self.seconds = 0, 0.0
+        order = torch.Generator(self.device).manual_seed(self.settings.seed * 100_003 + self.epoch)
+        self.model.train()
+        started = time.perf_counter() - self.seconds  # as if the epoch had not been interrupted
+        with tqdm(total=self.steps_an_epoch, initial=done, unit="step", disable=None, leave=False,
+                  desc=f"epoch {self.epoch + 1}/{self.settings.epochs}") as bar:
+            for index, (images, labels) in enumerate(data.epoch_batches(self.dataset.train,
+                                                                        self.settings.batch_size, order)):
+                if index < done:
+                    continue
+                loss, norm = self.train_step(images, labels)
+                bar.update()
+                last = index + 1 == self.steps_an_epoch
+                if self.step % LOG_EVERY == 0 or last or stop.asked:
+                    value = loss.item()  # waits for the device
+                    self.check_finite(value)
+                    self.seconds = time.perf_counter() - started
+                    log.step(self.step, value, self.summary()["learning_rate"], float(norm))
+                    bar.set_postfix_str(f"loss {value:.4f}, accuracy {self.summary()['train_accuracy']:.2%}, "
+                                        f"{self.images / self.seconds:,.0f} images/s")
+                if stop.asked and not last:
+                    return False
+        self.epoch += 1
+        return True
+
+    def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One step on images (b, C, H, W) uint8 and labels (b,); loss and gradient norm, on the device."""
+        self.set_learning_rate()
+        loss, norm = self.update(images, labels)
+        self.images += len(labels)
+        self.step += 1
+        return loss, norm
+
+    def update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the device does in a step: augment, forward, backward, clip, update, add to the sums."""
+        if self.settings.augment:
+            images = data.random_affine(images, self.augmentation)
+        images = data.normalize(images, self.dataset.mean, self.dataset.std)
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        hits = (logits.argmax(1) == labels).sum()
+        self.sums += torch.stack([loss.detach() * len(labels), hits]).to(self.sums.dtype)
+        return loss.detach(), norm
+
+    def set_learning_rate(self) -> None:
+        """Give the optimiser the rate of the step to come."""
+        rate = self.learning_rate()
+        if isinstance(self.rate, Tensor):
+            self.rate.fill_(rate)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+
+    def learning_rate(self) -> float:
+        """Linear warm-up over the first twentieth of all steps (500 at most), then a cosine."""
+        total = self.settings.epochs * self.steps_an_epoch
+        warm_up = min(500, max(1, total // 20))
+        if self.step < warm_up:
+            return self.settings.lr * (self.step + 1) / warm_up
+        progress = (self.step - warm_up) / max(1, total - warm_up)
+        return self.settings.lr * (LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def check_finite(self, loss: float) -> None:
+        """Raises UserError where the loss is no number any more."""
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {self.step}; begin a new run with a lower --lr than "
+                            f"{self.settings.lr:g} or with --amp off")
+
+    def summary(self) -> dict:
+        """Mean loss and accuracy over the epoch's images so far (augmented, as they were trained on)."""
+        loss, hits = (self.sums / max(1, self.images)).tolist()
+        return {"train_loss": loss, "train_accuracy": hits,
+                "learning_rate": float(self.optimizer.param_groups[0]["lr"])}
+
+    def state(self) -> dict:
+        """Everything that a run interrupted here needs to go on as if it had not been."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(), "rng": rng.state(self.device),
+                "augmentation": self.augmentation.get_state(), "epoch": self.epoch, "step": self.step,
+                "best_accuracy": self.best_accuracy, "sums": self.sums, "images": self.images,
+                "seconds": self.seconds, "metrics": self.metrics}
+
+    def load(self, contents: dict) -> None:
+        """Go back to a `state`. Raises UserError where it does not fit the model."""
+        try:
+            self.model.load_state_dict(contents["model"])
+            options = [{name: value for name, value in group.items() if name != "params"}
+                       for group in self.optimizer.param_groups]
+            self.optimizer.load_state_dict(contents["optimizer"])
+            for group, own in zip(self.optimizer.param_groups, options, strict=True):
+                group.update(own)  # the kind of optimiser that this device takes, not the saved one's
+            self.scaler.load_state_dict(contents["scaler"])
+            rng.restore(contents["rng"], self.device)
+            self.augmentation.set_state(contents["augmentation"])
+            self.sums = contents["sums"].to(self.device)
+            self.epoch, self.step, self.images = contents["epoch"], contents["step"], contents["images"]
+            self.best_accuracy, self.seconds = contents["best_accuracy"], contents["seconds"]
+            self.metrics = contents["metrics"]
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise UserError(f"the state in {self.settings.resume} does not fit this version or device "
+                            f"({type(error).__name__}: {str(error)[:160]}); train anew") from error
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices and filters decay; A_log, D, biases and norms do not: zero is no natural value for them."""
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim >= 2 and not name.endswith("A_log")
+
+    named = list(model.named_parameters())
+    return [{"params": [parameter for name, parameter in named if decays(name, parameter)],
+             "weight_decay": weight_decay},
+            {"params": [parameter for name, parameter in named if not decays(name, parameter)],
+             "weight_decay": 0.0}]
+
+
+def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """Fraction of the images whose most probable class is their label."""
+    return (probabilities.argmax(1) == labels.cpu()).double().mean().item()
+
+
+def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean over the images, in nats."""
+    return F.nll_loss(probabilities.double().clamp(min=1e-12).log(), labels.cpu()).item()
+
+
+class StopRequest:
+    """Whether Ctrl-C was pressed. Within `with`, the first one asks; a second one stops at once, unsaved."""
+
+    asked = False
+
+    def __enter__(self) -> StopRequest:
+        self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def _ask(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping as soon as the state can be saved; Ctrl-C again stops at once, unsaved\n")
