@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import augment
 import data
 from errors import UserError
 from mamba_ssm_simple import StateSpace, VisionMamba2
@@ -79,7 +80,7 @@ def predict(model: nn.Module, split: data.Split, dataset: data.Dataset, device: 
     probabilities = []
     for images, _ in tqdm(data.epoch_batches(split, batch_size, None, shuffle=False), desc="predict",
                           total=data.num_batches(split, batch_size), unit="batch", leave=False, disable=None):
-        logits = model(data.normalize(images.to(device), dataset.mean, dataset.std))
+        logits = model(augment.normalize(images.to(device), dataset.mean, dataset.std))
         probabilities.append(logits.float().softmax(dim=-1))
     model.train(training)
     return torch.cat(probabilities).cpu()

@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import augment
 import checkpoint
 import data
 import evaluate
@@ -214,7 +215,7 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
     """Train to the last epoch or, with exit status 130, to where a stop was asked for. Saves either way."""
     settings, model, dataset, device = training.settings, training.model, training.dataset, training.device
     _, best, last = run_paths(settings)
-    examples = data.normalize(dataset.val.images[:64], dataset.mean, dataset.std)
+    examples = augment.normalize(dataset.val.images[:64], dataset.mean, dataset.std)
     while training.epoch < settings.epochs:
         finished = training.run_epoch(log, stop)
         if finished:

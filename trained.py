@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import augment
 import checkpoint
 import data
 import evaluate
@@ -59,7 +60,7 @@ class TrainedModel:
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
         """(b, C, H, W) uint8 → (b, classes) float32, on the CPU"""
-        return self.model(data.normalize(images.to(self.device), self.mean, self.std)).float().cpu()
+        return self.model(augment.normalize(images.to(self.device), self.mean, self.std)).float().cpu()
 
     def probabilities(self, images: Tensor) -> np.ndarray:
         return self.logits(images).softmax(dim=-1).numpy()

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import augment
 import data
 import rng
 from errors import UserError
@@ -98,8 +99,8 @@ class Training:
     def update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What the device does in a step: augment, forward, backward, clip, update, add to the sums."""
         if self.settings.augment:
-            images = data.random_affine(images, self.augmentation)
-        images = data.normalize(images, self.dataset.mean, self.dataset.std)
+            images = augment.random_affine(images, self.augmentation)
+        images = augment.normalize(images, self.dataset.mean, self.dataset.std)
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             logits = self.model(images)
             loss = F.cross_entropy(logits, labels)

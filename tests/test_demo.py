@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+import augment
 import checkpoint
 import data
 import evaluate
@@ -262,7 +263,7 @@ def test_predict_gives_every_probability_and_leaves_the_mode():
     assert model.training and probabilities.shape == (len(dataset.val.labels), 10)
     assert probabilities.dtype == torch.float32
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(len(probabilities)), atol=1e-5)
-    some = model.eval()(data.normalize(dataset.val.images[100:130], dataset.mean, dataset.std)).softmax(-1)
+    some = model.eval()(augment.normalize(dataset.val.images[100:130], dataset.mean, dataset.std)).softmax(-1)
     assert torch.allclose(probabilities[100:130], some, atol=1e-5)
 
 
