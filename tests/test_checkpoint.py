@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
+import random
+import shutil
+import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 import checkpoint
 from errors import UserError
+
+ROOT = Path(__file__).parent.parent
 
 CONTENTS = {"architecture": "mamba", "config": {"d_model": 8}, "model": {"weight": torch.arange(5000.0)},
             "dataset": {"name": "digits"}, "epoch": 3, "metrics": {"val_accuracy": 0.5},
@@ -79,58 +89,206 @@ def test_a_disk_that_gets_full_is_told_in_one_line(limit, saved):
     assert same(checkpoint.load(saved))
 
 
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """`folder` as a file system of its own, in memory, where this machine lets us mount one."""
+    folder.mkdir()
+    if shutil.which("mount") is None or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    yield from mounted(tmp_path / "disk", "size=64k")
+
+
+@pytest.fixture
+def read_only_disk(tmp_path) -> Iterator[Path]:
+    yield from mounted(tmp_path / "disk", "ro")
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_there(small_disk):
+    path = small_disk / "a.pt"
+    checkpoint.save(path, CONTENTS)  # about 25 KB of 64
+    with pytest.raises(UserError, match=r"cannot write checkpoint .*a.pt: .*; free space"):
+        checkpoint.save(path, {**CONTENTS, "metrics": {"filler": torch.zeros(50_000)}})
+    assert [file.name for file in small_disk.iterdir()] == ["a.pt"]
+    assert same(checkpoint.load(path))
+
+
+def test_a_read_only_disk_is_told_in_one_line(read_only_disk):
+    with pytest.raises(UserError, match="choose another --checkpoints-dir"):
+        checkpoint.save(read_only_disk / "runs" / "a.pt", CONTENTS)
+    assert list(read_only_disk.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt" or not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write")
+def test_a_folder_without_permission_is_told_in_one_line(saved):
+    saved.parent.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match="choose another --checkpoints-dir"):
+            checkpoint.save(saved, {**CONTENTS, "epoch": 4})
+        assert same(checkpoint.load(saved))
+    finally:
+        saved.parent.chmod(0o700)
+
+
 def test_a_folder_that_cannot_be_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --checkpoints-dir"):
         checkpoint.save(tmp_path / "file" / "a.pt", CONTENTS)
 
 
+SAVE_ON_AND_ON = """
+import sys, itertools, pathlib, torch, checkpoint
+contents = eval(sys.argv[2])
+for epoch in itertools.count():
+    weight = torch.full((200_000,), float(epoch))
+    checkpoint.save(pathlib.Path(sys.argv[1]), {**contents, "model": {"weight": weight}, "epoch": epoch},
+                    keep_previous=True)
+    print(epoch, flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is of POSIX")
+def test_a_kill_during_the_write_leaves_a_whole_checkpoint(tmp_path, seed):
+    """Three processes that do nothing but save, each killed at a random moment."""
+    path, moments = tmp_path / "a.last.pt", random.Random(seed)
+    plain = repr({key: value for key, value in CONTENTS.items() if key != "model"})
+    for _ in range(3):
+        with subprocess.Popen([sys.executable, "-c", SAVE_ON_AND_ON, str(path), plain], cwd=ROOT,
+                              stdout=subprocess.PIPE, text=True) as process:
+            for _ in range(3):
+                told = int(process.stdout.readline())
+            time.sleep(moments.random() / 20)
+            process.kill()
+            told = int(([told, *process.stdout.read().split()])[-1])
+        contents = checkpoint.load_good(path)
+        assert contents["epoch"] >= told, "a save that was told of is lost"
+        assert (contents["model"]["weight"] == contents["epoch"]).all()
+        allowed = {"a.last.pt", "a.last.pt.previous", ".a.last.pt.writing"}
+        assert {file.name for file in tmp_path.iterdir()} <= allowed
+    checkpoint.save(path, CONTENTS)
+    assert not (tmp_path / ".a.last.pt.writing").exists(), "what a kill leaves is gone after the next save"
+
+
+# ---- The checkpoint before
+
+
+def test_the_one_before_is_kept_where_asked_for(tmp_path):
+    path = tmp_path / "a.last.pt"
+    for epoch in range(4):
+        checkpoint.save(path, {**CONTENTS, "epoch": epoch}, keep_previous=True)
+    assert checkpoint.load(path)["epoch"] == 3
+    assert checkpoint.load(checkpoint.previous(path))["epoch"] == 2
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda path: path.unlink(), lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    lambda path: path.write_bytes(b"X" + path.read_bytes()[1:])], ids=["missing", "empty", "cut", "flipped"])
+def test_the_one_before_takes_the_place_of_a_damaged_one_with_a_line(spoil, tmp_path, capsys):
+    path = tmp_path / "a.last.pt"
+    for epoch in (3, 4):
+        checkpoint.save(path, {**CONTENTS, "epoch": epoch}, keep_previous=True)
+    spoil(path)
+    assert checkpoint.newest(tmp_path, unfinished=True) == path
+    assert same(checkpoint.load_good(path))
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.out == ""
+    assert str(path) in said.err and f"going on from the one before, {path}.previous" in said.err
+
+
+def test_two_damaged_ones_are_an_error_about_the_first(tmp_path):
+    path = tmp_path / "a.last.pt"
+    for epoch in (3, 4):
+        checkpoint.save(path, {**CONTENTS, "epoch": epoch}, keep_previous=True)
+    for file in (path, checkpoint.previous(path)):
+        file.write_bytes(file.read_bytes()[:-70])
+    with pytest.raises(UserError, match=r"a\.last\.pt is not a checkpoint of this version or is damaged"):
+        checkpoint.load_good(path)
+
+
 # ---- Files that are none of ours
 
 
-@pytest.mark.parametrize("part", [0, 0.001, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_file_is_refused(part, saved):
-    whole = saved.read_bytes()
-    saved.write_bytes(whole[:int(part * len(whole))])
-    with pytest.raises(UserError, match="damaged"):
-        checkpoint.load(saved)
+@pytest.fixture
+def nothing_is_loaded(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a damaged file was loaded"))
 
 
-def test_a_flipped_bit_is_refused_or_harmless(saved):
-    whole = saved.read_bytes()
-    refused = 0
-    places = range(0, len(whole), len(whole) // 199)
-    for place in places:
-        saved.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1:])
-        try:
-            assert same(checkpoint.load(saved)), f"byte {place} changed the contents unnoticed"
-        except UserError:
-            refused += 1
-    assert refused > 0.8 * len(places)
+def test_every_random_truncation_is_seen_before_anything_is_loaded(saved, seed, nothing_is_loaded):
+    whole, places = saved.read_bytes(), random.Random(seed)
+    lengths = {0, 1, 64, 65, 66, len(whole) - 1, *(places.randrange(len(whole)) for _ in range(500))}
+    for length in lengths:
+        saved.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint.load(saved)
+
+
+def test_every_random_bit_flip_is_seen_before_anything_is_loaded(saved, seed, nothing_is_loaded):
+    whole, places = saved.read_bytes(), random.Random(seed)
+    for bit in [0, 8 * len(whole) - 1, *(places.randrange(8 * len(whole)) for _ in range(1000)),
+                *range(8 * (len(whole) - checkpoint.SEAL_SIZE - 30), 8 * len(whole), 3)]:
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        saved.write_bytes(damaged)
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint.load(saved)
+
+
+def sealed(content: bytes, number: int = checkpoint.FORMAT) -> bytes:
+    """`content` with the right checksum: what someone makes who knows the format."""
+    content += checkpoint.SEAL % number
+    return content + hashlib.sha256(content).hexdigest().encode() + b"\n"
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=400), seal=st.booleans())
+@example(content=b"", seal=True)
+@example(content=pickle.dumps({"format": 2}), seal=True)
+def test_any_bytes_are_refused_in_one_line(content, seal, tmp_path):
+    (tmp_path / "a.pt").write_bytes(sealed(content) if seal else content)
+    with pytest.raises(UserError, match="is not a checkpoint of this") as caught:
+        checkpoint.load(tmp_path / "a.pt")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("contents", [
-    b"", b"text", pickle.dumps({"format": 1}), pickle.dumps(CONTENTS["epoch"])], ids=str)
+    b"", b"text", pickle.dumps({"format": 2}), pickle.dumps(CONTENTS["epoch"])], ids=str)
 def test_a_foreign_file_is_refused(contents, tmp_path):
     (tmp_path / "a.pt").write_bytes(contents)
     with pytest.raises(UserError, match="not a checkpoint"):
         checkpoint.load(tmp_path / "a.pt")
 
 
+def test_what_torch_save_alone_writes_is_refused(tmp_path):
+    torch.save({**CONTENTS, "format": 2}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+def save_sealed(contents: object, path: Path) -> None:
+    torch.save(contents, path)
+    path.write_bytes(sealed(path.read_bytes()))
+
+
 @pytest.mark.parametrize("contents", [
-    [1, 2], torch.ones(3), {}, {"weight": torch.ones(3)}, {**CONTENTS, "format": 1, "settings": 7},
-    {**CONTENTS, "format": 1, "epoch": "3"},
-    *({key: value for key, value in {**CONTENTS, "format": 1}.items() if key != missing}
+    [1, 2], torch.ones(3), {}, {"weight": torch.ones(3)}, {**CONTENTS, "format": 2, "settings": 7},
+    {**CONTENTS, "format": 2, "epoch": "3"},
+    *({key: value for key, value in {**CONTENTS, "format": 2}.items() if key != missing}
       for missing in checkpoint.REQUIRED)], ids=str)
 def test_a_foreign_checkpoint_is_refused(contents, tmp_path):
-    torch.save(contents, tmp_path / "a.pt")
+    save_sealed(contents, tmp_path / "a.pt")
     with pytest.raises(UserError, match="not a checkpoint of this project"):
         checkpoint.load(tmp_path / "a.pt")
 
 
 def test_another_format_is_refused_by_its_number(tmp_path):
-    torch.save({**CONTENTS, "format": 2}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="checkpoint format 2, this version reads 1"):
+    (tmp_path / "a.pt").write_bytes(sealed(b"of the future", 7))
+    with pytest.raises(UserError, match="checkpoint format 7, this version reads 2"):
         checkpoint.load(tmp_path / "a.pt")
 
 
@@ -146,10 +304,15 @@ def save_raw(contents: dict, path: Path) -> None:
     path.write_bytes(pickle.dumps(contents))
 
 
-@pytest.mark.parametrize("write", [torch.save, save_raw])
+def save_raw_sealed(contents: dict, path: Path) -> None:
+    path.write_bytes(sealed(pickle.dumps(contents)))
+
+
+@pytest.mark.parametrize("write", [torch.save, save_raw, save_sealed, save_raw_sealed])
 def test_code_in_a_file_does_not_run(write, tmp_path):
-    write({**CONTENTS, "format": 1, "metrics": Hostile(tmp_path / "harm")}, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="not a checkpoint"):
+    write({**CONTENTS, "format": 2, "metrics": Hostile(tmp_path / "harm")}, tmp_path / "a.pt")
+    says = "nothing in it was run" if write in (save_sealed, save_raw_sealed) else "not a checkpoint"
+    with pytest.raises(UserError, match=says):
         checkpoint.load(tmp_path / "a.pt")
     assert not (tmp_path / "harm").exists()
 
