@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+import checkpoint
 import data
 import figures
 from errors import UserError
@@ -34,8 +36,9 @@ class RunLog:
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
             kept = [line for line in lines if _epoch(line) <= first_epoch]
             if kept != lines or not lines:
-                self.path.write_text("".join(kept))
-            self.writer = SummaryWriter(folder, purge_step=first_step + 1 if first_step else None)
+                with checkpoint.whole_file(self.path) as file:
+                    file.write("".join(kept).encode())
+            self.writer = SummaryWriter(folder, purge_step=first_step + 1)
         except (OSError, UnicodeError) as error:
             raise UserError(f"cannot write {self.path}: {error}; choose another --runs-dir") from error
 
@@ -44,6 +47,10 @@ class RunLog:
 
     def __exit__(self, *_) -> None:
         self.writer.close()
+
+    def flush(self) -> None:
+        """Put what was logged until now where a kill of the process cannot reach it."""
+        self.writer.flush()
 
     def step(self, step: int, loss: float, learning_rate: float, gradient_norm: float) -> None:
         self.writer.add_scalar("train/loss", loss, step)
@@ -59,6 +66,8 @@ class RunLog:
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error}; mend it and go on by --resume") from error
 

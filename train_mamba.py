@@ -17,6 +17,7 @@ from errors import ArgumentParser, UserError, run_script  # isort: skip  (Ctrl-C
 import argparse
 import math
 import random
+import re
 import sys
 import tempfile
 import time
@@ -34,7 +35,7 @@ from mamba_ssm_simple import SCANS, VisionMamba2
 from run_log import RunLog
 from training import StopRequest, Training, accuracy, negative_log_likelihood
 
-MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "runs_dir", "checkpoints_dir"}
+MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "runs_dir", "checkpoints_dir", "checkpoint_every"}
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -79,6 +80,8 @@ def parse_arguments(saved: dict | None = None) -> argparse.Namespace:
         help="TensorBoard and metrics.jsonl go into DIR/<run-name>")
     add("--checkpoints-dir", type=Path, metavar="DIR", default=Path("checkpoints"),
         help="checkpoints go here")
+    add("--checkpoint-every", type=interval, metavar="STEPS|SECONDSs", default="300s",
+        help="save the state in mid-epoch, too: every 300s, say, or every 500 steps")
     add("--resume", type=Path, metavar="PATH", nargs="?", const=Path("newest"), default=None,
         help="go on from a .last.pt; without PATH the newest in --checkpoints-dir (None: a new run)")
     return parser.parse_args(namespace=argparse.Namespace(**saved) if saved else None)
@@ -101,6 +104,8 @@ positive_int = number(int, "a whole number from 1 to a billion", lambda value: 1
 positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 non_negative_float = number(float, "a number from 0 on", lambda value: 0 <= value < math.inf)
 power_of_two = number(int, "a power of two: 1, 2, 4, ...", lambda value: value in {2**i for i in range(16)})
+interval = number(str, "steps, such as 500, or seconds, such as 300s",
+                  lambda value: re.fullmatch(r"0*[1-9]\d{0,8}s?", value, re.ASCII) is not None)
 seed = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 
@@ -117,7 +122,7 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     path = settings.resume
     if path == Path("newest"):
         path = checkpoint.newest(settings.checkpoints_dir, unfinished=True)
-    resumed = checkpoint.load(path)
+    resumed = checkpoint.load_good(path)
     if "optimizer" not in resumed:
         raise UserError(f"{path} holds no state of training to go on from; resume a .last.pt")
     saved = {name: Path(str(value)) if name.endswith("_dir") else value
@@ -146,7 +151,7 @@ def check_paths(settings: argparse.Namespace) -> None:
     paths = run_paths(settings)
     for path, flag in zip(paths, ("--runs-dir", "--checkpoints-dir", "--checkpoints-dir"), strict=True):
         try:
-            if settings.resume is None and path.exists():
+            if settings.resume is None and (path.exists() or checkpoint.previous(path).exists()):
                 raise UserError(f"{path} exists; choose another --run-name, or go on with that run by "
                                 f"--resume {paths[-1]}")
             with tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())):
@@ -183,7 +188,10 @@ def main() -> None:
                          "std": list(dataset.std)},
              "settings": {name: str(value) if isinstance(value, Path) else value
                           for name, value in vars(settings).items() if name != "resume"}}
-    with RunLog(run_paths(settings)[0], training.epoch, training.step) as log, StopRequest() as stop:
+    folder, _, last = run_paths(settings)
+    if not resumed:  # before anything else, so that what is there of a run can always be gone on with
+        checkpoint.save(last, {**about, **training.state()})
+    with RunLog(folder, training.epoch, training.step) as log, StopRequest() as stop:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f"{settings.run_name}: {dataset.name}, {len(dataset.train.labels):,} training images, "
               f"{parameters:,} parameters, {evaluate.device_name(device)}, {settings.epochs} epochs",
@@ -215,9 +223,14 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
     """Train to the last epoch or, with exit status 130, to where a stop was asked for. Saves either way."""
     settings, model, dataset, device = training.settings, training.model, training.dataset, training.device
     _, best, last = run_paths(settings)
+
+    def save() -> None:
+        log.flush()  # what is logged of the steps until now must not be lost with the process
+        checkpoint.save(last, {**about, **training.state()}, keep_previous=True)
+
     examples = augment.normalize(dataset.val.images[:64], dataset.mean, dataset.std)
     while training.epoch < settings.epochs:
-        finished = training.run_epoch(log, stop)
+        finished = training.run_epoch(log, stop, save)
         if finished:
             val, test = (evaluate.predict(model, split, dataset, device)
                          for split in (dataset.val, dataset.test))
@@ -235,7 +248,7 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
                 training.best_accuracy = metrics["val_accuracy"]
                 checkpoint.save(best, {**about, "model": model.state_dict(), "epoch": training.epoch,
                                        "metrics": metrics})
-        checkpoint.save(last, {**about, **training.state()})
+        save()
         if finished:
             print(f"epoch {training.epoch:{len(str(settings.epochs))}}/{settings.epochs}  "
                   f"loss {metrics['train_loss']:.4f}  validation {metrics['val_accuracy']:.2%}  "

@@ -2,7 +2,7 @@
 
     training = Training(model, dataset, settings, device)
     while training.epoch < settings.epochs:
-        training.run_epoch(log, stop)
+        training.run_epoch(log, stop, save)
 
 `Training.update` is the part of a step that runs on the device alone: nothing in it waits for the device or
 depends on a number of Python's that changes from step to step.
@@ -15,6 +15,7 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -58,14 +59,20 @@ class Training:
         self.images, self.seconds = 0, 0.0
         self.metrics: dict = {}  # of the last epoch finished
 
-    def run_epoch(self, log: RunLog, stop: StopRequest) -> bool:
-        """Train to the end of the epoch; False where a stop was asked for before."""
+    def run_epoch(self, log: RunLog, stop: StopRequest, save: Callable[[], None]) -> bool:
+        """Train to the end of the epoch; False where a stop was asked for before.
+
+        `save` is called where settings.checkpoint_every says: after so many steps ("500") or, looked at every
+        LOG_EVERY steps, seconds ("300s").
+        """
         done = self.step - self.epoch * self.steps_an_epoch
         if done == 0:
             self.sums.zero_()
             self.images, self.seconds = 0, 0.0
         order = torch.Generator(self.device).manual_seed(self.settings.seed * 100_003 + self.epoch)
         self.model.train()
+        every, by_the_clock = self.settings.checkpoint_every, self.settings.checkpoint_every.endswith("s")
+        saved = time.monotonic()
         started = time.perf_counter() - self.seconds  # as if the epoch had not been interrupted
         with tqdm(total=self.steps_an_epoch, initial=done, unit="step", disable=None, leave=False,
                   desc=f"epoch {self.epoch + 1}/{self.settings.epochs}") as bar:
@@ -76,7 +83,10 @@ class Training:
                 loss, norm = self.train_step(images, labels)
                 bar.update()
                 last = index + 1 == self.steps_an_epoch
-                if self.step % LOG_EVERY == 0 or last or stop.asked:
+                look = self.step % LOG_EVERY == 0 or last or stop.asked
+                due = (look and time.monotonic() - saved >= int(every[:-1]) if by_the_clock
+                       else self.step % int(every) == 0)
+                if look or due:
                     value = loss.item()  # waits for the device
                     self.check_finite(value)
                     self.seconds = time.perf_counter() - started
@@ -85,6 +95,9 @@ class Training:
                                         f"{self.images / self.seconds:,.0f} images/s")
                 if stop.asked and not last:
                     return False
+                if due and not last:
+                    save()
+                    saved = time.monotonic()
         self.epoch += 1
         return True
 

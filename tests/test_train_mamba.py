@@ -163,10 +163,10 @@ def test_tensorboard_has_every_curve_and_picture(whole):
 
 def test_checkpoints_are_what_checkpoint_py_documents(whole):
     folder = whole / "checkpoints"
-    assert {path.name for path in folder.iterdir()} == {"run.pt", "run.last.pt"}
+    assert {path.name for path in folder.iterdir()} == {"run.pt", "run.last.pt", "run.last.pt.previous"}
     contents = torch.load(folder / "run.pt", weights_only=True)
     assert set(contents) == set(checkpoint.REQUIRED)
-    assert contents["format"] == 1 and contents["architecture"] == "mamba"
+    assert contents["format"] == 2 and contents["architecture"] == "mamba"
     assert contents["dataset"]["name"] == "digits" and contents["dataset"]["classes"] == list("0123456789")
     assert contents["settings"]["run_name"] == "run" and contents["settings"]["lr"] == 1e-2
     last = torch.load(folder / "run.last.pt", weights_only=True)
@@ -314,7 +314,8 @@ def test_a_stopped_run_goes_on_where_its_checkpoint_lies_and_counts_its_seconds(
     assert contents["seconds"] > 0
     checkpoint.save(path, {**contents, "seconds": 1000.0})  # as if the first steps had taken that long
     assert train("--resume", path).status == 0
-    assert {path.name for path in (tmp_path / "moved").iterdir()} == {"run.pt", "run.last.pt"}
+    assert {path.name for path in (tmp_path / "moved").iterdir()} == {"run.pt", "run.last.pt",
+                                                                      "run.last.pt.previous"}
     metrics, = read_metrics(tmp_path)
     assert metrics["seconds"] > 1000 and metrics["images_per_second"] < 2
 
@@ -396,6 +397,8 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
     ("--seed -1", "--seed"),
     ("--seed 4294967296", "--seed"),
     ("--limit-train 0", "--limit-train"),
+    *((f"--checkpoint-every {wrong}", "--checkpoint-every: must be steps, such as 500, or seconds")
+      for wrong in ("0", "0s", "-5", "5m", "s", "1.5s", "1000000000", "٣")),
     ("--dataset cats", "--dataset: invalid choice"),
     ("--dataset mnist --data-dir wrong", "has the wrong checksum"),
     ("--dataset mnist --data-dir file", "choose another data folder"),
@@ -432,7 +435,8 @@ def test_a_wrong_command_is_one_line_in_a_shell_too(tmp_path):
     assert_refused(Ended(done.returncode, done.stdout, done.stderr), "--epochs", tmp_path, {})
 
 
-@pytest.mark.parametrize("there", ["runs/run", "checkpoints/run.pt", "checkpoints/run.last.pt"])
+@pytest.mark.parametrize("there", ["runs/run", "checkpoints/run.pt", "checkpoints/run.last.pt",
+                                   "checkpoints/run.last.pt.previous"])
 def test_nothing_of_another_run_is_overwritten(there, train, tmp_path):
     (tmp_path / there).parent.mkdir()
     (tmp_path / there).write_text("precious")
@@ -471,7 +475,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(train):
 
 FLAGS = shlex.split("--dataset --data-dir --epochs --batch-size --lr --weight-decay --d-model --num-blocks "
                     "--d-state --patch-size --scan --bidirectional --augment --seed --device --amp "
-                    "--limit-train --run-name --runs-dir --checkpoints-dir --resume")
+                    "--limit-train --run-name --runs-dir --checkpoints-dir --checkpoint-every --resume")
 
 
 def test_help_names_every_flag_with_its_default(train):
