@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 import augment
 import data
+from baselines import ARCHITECTURES
 from errors import UserError
-from mamba_ssm_simple import StateSpace, VisionMamba2
+from mamba_ssm_simple import StateSpace
 
-ARCHITECTURES = {"mamba": VisionMamba2}
 SECONDS = 2.0  # how long one batch size is timed
 
 

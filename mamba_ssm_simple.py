@@ -19,9 +19,11 @@ Letters, here and everywhere:
 
 from __future__ import annotations
 
+import functools
 import math
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -146,25 +148,28 @@ class MambaBlock(nn.Module):
             so that after four of them every token has seen the whole image, at the price of one direction
             a block.
         d_state, d_conv, expand, bidirectional: see `SelectiveScan`.
+        drop_path: how often an image goes past the block in training (arXiv 1603.09382).
 
     Raises:
         ValueError: an unknown scan.
     """
 
     def __init__(self, d_model: int, scan: str = "row", index: int = 0, d_state: int = 16, d_conv: int = 4,
-                 expand: int = 2, bidirectional: bool = False):
+                 expand: int = 2, bidirectional: bool = False, drop_path: float = 0.0):
         super().__init__()
         if scan not in SCANS:
             raise ValueError(f"scan must be one of {', '.join(SCANS)}, but is {scan!r}")
         self.rows = scan == "row"
         self.direction = DIRECTIONS[index % 4] if scan == "cross" else "right"
+        self.drop_path = drop_path
         self.norm = nn.LayerNorm(d_model)
         self.mixer = SelectiveScan(d_model, d_state, d_conv, expand, bidirectional=bidirectional)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, height, width, d) → the same shape."""
         sequence = to_sequence(self.norm(x), self.direction, self.rows)
-        return x + to_map(self.mixer(sequence), self.direction, x.shape)
+        branch = to_map(self.mixer(sequence), self.direction, x.shape)
+        return x + drop_path(branch, self.drop_path, self.training)
 
 
 class VisionMamba2(nn.Module):
@@ -180,6 +185,9 @@ class VisionMamba2(nn.Module):
         patch_size: pixels along a token's side, a power of two: each factor of two is a 3×3 convolution of
             stride 2; with 1 every pixel is a token and no convolution mixes pixels.
         scan, d_state, d_conv, expand, bidirectional: see `MambaBlock`.
+        permute_seed: the pixels are first put into one fixed random order, a function of this number and of
+            the image's size (permuted sequential MNIST); None leaves them where they are.
+        drop_path: that of the last block; it rises linearly from the first to it.
 
     Raises:
         ValueError: a patch_size that is not a power of two.
@@ -187,11 +195,14 @@ class VisionMamba2(nn.Module):
 
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
                  patch_size: int = 4, scan: str = "cross", d_state: int = 16, d_conv: int = 4,
-                 expand: int = 2, bidirectional: bool = False):
+                 expand: int = 2, bidirectional: bool = False, permute_seed: int | None = None,
+                 drop_path: float = 0.0):
         super().__init__()
+        self.permute_seed = permute_seed
         self.stem = stem(in_channels, d_model, patch_size)
         self.blocks = nn.ModuleList(
-            MambaBlock(d_model, scan, index, d_state, d_conv, expand, bidirectional)
+            MambaBlock(d_model, scan, index, d_state, d_conv, expand, bidirectional,
+                       drop_path * (index + 1) / num_blocks)
             for index in range(num_blocks))
         self.norm = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, num_classes)
@@ -202,6 +213,7 @@ class VisionMamba2(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(b, in_channels, height, width) → logits (b, K)."""
+        images = permute_pixels(images, self.permute_seed)
         x = self.stem(images).permute(0, 2, 3, 1)                                     # (b, height, width, d)
         for block in self.blocks:
             x = block(x)
@@ -221,6 +233,32 @@ def stem(in_channels: int, d_model: int, patch_size: int) -> nn.Sequential:
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after),
                    nn.SiLU()]
     return nn.Sequential(*layers)
+
+
+def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
+    """A residual branch (b, …), zero for a fraction `rate` of the images, scaled up for the others."""
+    if rate == 0 or not training:
+        return branch
+    return branch * F.dropout(branch.new_ones(len(branch), *[1] * (branch.dim() - 1)), rate)
+
+
+def permute_pixels(images: Tensor, seed: int | None) -> Tensor:
+    """Images (b, c, height, width), their pixels in the order that `seed` gives; as they are without one."""
+    if seed is None:
+        return images
+    return images.flatten(2)[..., pixel_order(seed, images[0, 0].numel(), images.device)].view_as(images)
+
+
+@torch.compiler.assume_constant_result
+def pixel_order(seed: int, pixels: int, device: torch.device) -> Tensor:
+    """A permutation of the pixels (pixels,) int64 on `device`; NumPy promises that this one never changes."""
+    return _pixel_order(seed, pixels, device)
+
+
+@functools.lru_cache(maxsize=16)  # a copy to the device at every step would make it wait
+def _pixel_order(seed: int, pixels: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # or the backward could not use what an evaluation made
+        return torch.from_numpy(np.random.RandomState(seed).permutation(pixels)).to(device)
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

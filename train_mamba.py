@@ -1,6 +1,7 @@
 """Train VisionMamba2.
 
     python train_mamba.py                                MNIST, 20 epochs
+    python train_mamba.py --preset gpu                   the same for a CUDA device; presets.py has more
     python train_mamba.py --dataset digits --epochs 3    a minute's try, no download
     python train_mamba.py --resume                       go on where the newest run stopped
     tensorboard --logdir runs
@@ -26,12 +27,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 import augment
 import checkpoint
 import data
 import evaluate
-from mamba_ssm_simple import SCANS, VisionMamba2
+from baselines import ARCHITECTURES, matched_config
+from mamba_ssm_simple import SCANS
+from presets import PRESETS
 from run_log import RunLog
 from training import StopRequest, Training, accuracy, negative_log_likelihood
 
@@ -43,8 +47,20 @@ MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "runs_dir", "checkpoints
 
 def parse_arguments(saved: dict | None = None) -> argparse.Namespace:
     """The command line; `saved` settings, of a run to be resumed, take the place of the defaults."""
+    parser = argument_parser()
+    if saved is not None:
+        return parser.parse_args(namespace=argparse.Namespace(**saved))
+    parser.set_defaults(**PRESETS[parser.parse_args().preset].settings)
+    return parser.parse_args()
+
+
+def argument_parser() -> ArgumentParser:
+    """Every flag with its default, which is the one of the preset `default`."""
     parser = ArgumentParser("Train VisionMamba2 on images.")
     add = parser.add_argument
+    add("--preset", choices=PRESETS, default="default", help="; ".join(
+        f"{name}: {preset.reason}" for name, preset in PRESETS.items()).replace("%", "%%")
+        + "; flags that are given win over it")
     add("--dataset", choices=data.DATASETS, default="mnist", help="what to learn; digits needs no download")
     add("--data-dir", type=Path, metavar="DIR", default=Path("data"),
         help="where datasets are kept, and fetched to where missing")
@@ -54,17 +70,22 @@ def parse_arguments(saved: dict | None = None) -> argparse.Namespace:
         help="peak learning rate of AdamW, after a linear warm-up and before a cosine to a hundredth of it")
     add("--weight-decay", type=non_negative_float, metavar="RATE", default=0.05,
         help="of AdamW, on matrices alone: none on A_log, D, biases and norms")
+    add("--model", choices=ARCHITECTURES, default="mamba",
+        help="lstm and transformer are made to have as many parameters as mamba would have with the same "
+        "flags, and the same stem, head and training")
     add("--d-model", type=positive_int, metavar="N", default=128, help="width of the tokens")
-    add("--num-blocks", type=positive_int, metavar="N", default=4, help="Mamba blocks")
-    add("--d-state", type=positive_int, metavar="N", default=16, help="states a channel")
+    add("--num-blocks", type=positive_int, metavar="N", default=4, help="blocks, or layers of the LSTM")
+    add("--d-state", type=positive_int, metavar="N", default=16, help="states a channel of mamba")
     add("--patch-size", type=power_of_two, metavar="PIXELS", default=None,
         help="side of a token, a power of two; MNIST: 4 gives 7×7 tokens, 2 gives 14×14 (None: the dataset's "
         "own, 4 for mnist, 2 for digits)")
     add("--scan", choices=SCANS, default="cross",
-        help="order in which tokens are read: each row its own sequence; all of them row by row; successive "
-        "blocks right, down, left, up")
+        help="order in which mamba reads tokens: each row its own sequence; all of them row by row; "
+        "successive blocks right, down, left, up")
     add("--bidirectional", action=argparse.BooleanOptionalAction, default=False,
-        help="read both ways in every block")
+        help="read both ways in every block; a transformer does so anyway")
+    add("--permute-seed", type=seed, metavar="N", default=None,
+        help="show the pixels of every image in one fixed random order, a function of N (None: as they lie)")
     add("--augment", action=argparse.BooleanOptionalAction, default=True,
         help="random shifts, turns, zooms and shears of the training images")
     add("--seed", type=seed, metavar="N", default=0, help="of weights, order and augmentation")
@@ -84,7 +105,7 @@ def parse_arguments(saved: dict | None = None) -> argparse.Namespace:
         help="save the state in mid-epoch, too: every 300s, say, or every 500 steps")
     add("--resume", type=Path, metavar="PATH", nargs="?", const=Path("newest"), default=None,
         help="go on from a .last.pt; without PATH the newest in --checkpoints-dir (None: a new run)")
-    return parser.parse_args(namespace=argparse.Namespace(**saved) if saved else None)
+    return parser
 
 
 def number(kind: type, what: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
@@ -183,7 +204,7 @@ def main() -> None:
     training = Training(model, dataset, settings, device)
     if resumed:
         training.load(resumed)
-    about = {"architecture": "mamba", "config": config,
+    about = {"architecture": settings.model, "config": config,
              "dataset": {"name": dataset.name, "classes": list(dataset.classes), "mean": list(dataset.mean),
                          "std": list(dataset.std)},
              "settings": {name: str(value) if isinstance(value, Path) else value
@@ -199,13 +220,14 @@ def main() -> None:
         train(training, about, log, stop)
 
 
-def build_model(settings: argparse.Namespace, device: torch.device) -> tuple[dict, VisionMamba2]:
+def build_model(settings: argparse.Namespace, device: torch.device) -> tuple[dict, nn.Module]:
     """The arguments of the model and the model. Raises UserError where they make none."""
     entry = data.DATASETS[settings.dataset]
     config = {"num_classes": len(entry.classes), "d_model": settings.d_model,
               "num_blocks": settings.num_blocks, "in_channels": entry.in_channels,
               "patch_size": settings.patch_size or entry.patch_size, "scan": settings.scan,
-              "d_state": settings.d_state, "bidirectional": settings.bidirectional}
+              "d_state": settings.d_state, "bidirectional": settings.bidirectional,
+              "permute_seed": settings.permute_seed}
     if config["patch_size"] >= entry.image_size:
         raise UserError(f"--patch-size {config['patch_size']} makes one token of an image of "
                         f"{entry.image_size} pixels a side, which leaves nothing to scan; lower it")
@@ -213,7 +235,8 @@ def build_model(settings: argparse.Namespace, device: torch.device) -> tuple[dic
         raise UserError(f"--d-model {settings.d_model} is too narrow for --patch-size "
                         f"{config['patch_size']}; use at least {config['patch_size'] // 2}")
     try:
-        return config, VisionMamba2(**config).to(device)
+        config = matched_config(settings.model, config)
+        return config, ARCHITECTURES[settings.model](**config).to(device)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise UserError(f"no model can be built with these settings ({str(error)[:160]}); lower --d-model, "
                         "--num-blocks or --d-state") from error

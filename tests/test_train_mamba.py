@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import checkpoint
 import data
 import evaluate
+import mnist
 import train_mamba
 from errors import run_script
 from mamba_ssm_simple import VisionMamba2
@@ -217,7 +218,9 @@ def test_another_seed_gives_others(train, tmp_path):
 
 
 @pytest.mark.parametrize("options", [
-    ["--scan", "row", "--bidirectional"], ["--scan", "raster", "--patch-size", "1"], ["--amp", "bf16"],
+    ["--model", "lstm", "--bidirectional"], ["--model", "transformer"], ["--scan", "row", "--bidirectional"],
+    ["--amp", "bf16"],
+    ["--scan", "raster", "--patch-size", "1", "--permute-seed", "3"],
     ["--batch-size", "1000", "--no-augment"], ["--limit-train", "1"], ["--patch-size", "4", "--d-model", "2"],
 ], ids=" ".join)
 def test_every_kind_of_run_trains(options, train, tmp_path):
@@ -389,7 +392,10 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
     ("--patch-size 3", "--patch-size: must be a power of two"),
     ("--patch-size 8", "one token"),
     ("--patch-size 4 --d-model 1", "use at least 2"),
+    ("--model perceptron", "--model: invalid choice"),
     ("--scan spiral", "--scan: invalid choice"),
+    ("--preset huge", "--preset: invalid choice"),
+    ("--permute-seed -1", "--permute-seed"),
     ("--device toaster", "--device: invalid choice"),
     pytest.param("--device cuda", "use --device cpu", marks=NO_CUDA),
     pytest.param("--device mps", "use --device cpu", marks=NO_MPS),
@@ -422,7 +428,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
 def test_a_wrong_command_is_one_line_and_writes_nothing(arguments, says, train, tmp_path):
     (tmp_path / "file").write_text("text")
     (tmp_path / "wrong" / "MNIST" / "raw").mkdir(parents=True)
-    for name in data.MNIST_MD5:
+    for name in mnist.MNIST_MD5:
         (tmp_path / "wrong" / "MNIST" / "raw" / name).write_text("not MNIST")
     before = snapshot(tmp_path)
     assert_refused(train(*SMALL, *shlex.split(arguments)) if "--resume" not in arguments else
@@ -446,7 +452,8 @@ def test_nothing_of_another_run_is_overwritten(there, train, tmp_path):
 
 @pytest.mark.parametrize("flag", [
     "--lr 5", "--d-model 64", "--epochs 3", "--dataset mnist", "--seed 1", "--no-augment", "--bidirectional",
-    "--patch-size 4", "--run-name other"])
+    "--patch-size 4", "--run-name other", "--preset tiny", "--permute-seed 1",
+    "--model lstm"])
 def test_a_resumed_run_keeps_its_settings(flag, train, whole, monkeypatch):
     monkeypatch.chdir(whole)
     before = snapshot(whole)
@@ -473,9 +480,8 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(train):
     assert "lower --lr" in done.err
 
 
-FLAGS = shlex.split("--dataset --data-dir --epochs --batch-size --lr --weight-decay --d-model --num-blocks "
-                    "--d-state --patch-size --scan --bidirectional --augment --seed --device --amp "
-                    "--limit-train --run-name --runs-dir --checkpoints-dir --checkpoint-every --resume")
+FLAGS = [action.option_strings[0] for action in train_mamba.argument_parser()._actions
+         if action.dest != "help"]
 
 
 def test_help_names_every_flag_with_its_default(train):

@@ -1,0 +1,181 @@
+"""What VisionMamba2 is compared with: an LSTM and a Transformer of the same size, with its stem and its head.
+
+    config = matched_config("lstm", mamba_config)          the same width and depth, the same parameters
+    model = VisionLSTM(**config)
+
+The rest of the size follows from the parameters that VisionMamba2 has with the same arguments: the hidden
+size of the LSTM, and the width of the Transformer's MLPs, which comes out at about 1.5 · d_model where 4 is
+usual, because a Mamba block has no MLP and is smaller than a usual Transformer's.
+
+Letters as in mamba_ssm_simple.py; m is the width of an MLP.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mamba_ssm_simple import VisionMamba2, drop_path, permute_pixels, stem
+
+
+class VisionLSTM(nn.Module):
+    """Stem, `nn.LSTM` over the tokens row by row, a head on the mean token.
+
+    Args:
+        num_classes, d_model, in_channels, patch_size, permute_seed: see `VisionMamba2`.
+        num_blocks: layers.
+        hidden_size: states of a layer.
+        bidirectional: each layer reads both ways.
+        drop_path: dropout between the layers; an LSTM has no residual branches that could be left out.
+    """
+
+    def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
+                 patch_size: int = 4, hidden_size: int = 120, bidirectional: bool = False,
+                 permute_seed: int | None = None, drop_path: float = 0.0):
+        super().__init__()
+        self.permute_seed = permute_seed
+        self.stem = stem(in_channels, d_model, patch_size)
+        self.lstm = nn.LSTM(d_model, hidden_size, num_blocks, batch_first=True, bidirectional=bidirectional,
+                            dropout=drop_path if num_blocks > 1 else 0.0)
+        # A gate that starts open remembers (Jozefowicz, Zaremba and Sutskever, ICML 2015); i, f, g, o.
+        with torch.no_grad():
+            for name, parameter in self.lstm.named_parameters():
+                if name.startswith("bias_ih"):
+                    parameter[hidden_size:2 * hidden_size] = 1
+        width = hidden_size * (2 if bidirectional else 1)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, in_channels, height, width) → logits (b, K), any height and width."""
+        x = self.stem(permute_pixels(images, self.permute_seed)).flatten(2).transpose(1, 2)       # (b, l, d)
+        x, _ = self.lstm(x)                                                             # (b, l, hidden_size)
+        return self.head(self.norm(x).mean(dim=1))
+
+
+class VisionTransformer(nn.Module):
+    """Stem, positions, pre-norm Transformer blocks, a head on the mean token (arXiv 2205.01580).
+
+    Args:
+        num_classes, d_model, num_blocks, in_channels, patch_size, permute_seed, drop_path: see
+            `VisionMamba2`.
+        mlp_width: width m of the MLPs.
+        num_heads: heads of the attention; 0 takes one for each 64 channels, as is usual.
+
+    Raises:
+        ValueError: a num_heads that does not divide d_model.
+    """
+
+    def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
+                 patch_size: int = 4, mlp_width: int = 200, num_heads: int = 0,
+                 permute_seed: int | None = None, drop_path: float = 0.0):
+        super().__init__()
+        self.permute_seed = permute_seed
+        self.stem = stem(in_channels, d_model, patch_size)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(d_model, mlp_width, num_heads, drop_path * (index + 1) / num_blocks)
+            for index in range(num_blocks))
+        self.norm = nn.LayerNorm(d_model)
+        self.head = nn.Linear(d_model, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(b, in_channels, height, width) → logits (b, K), any height and width."""
+        x = self.stem(permute_pixels(images, self.permute_seed)).permute(0, 2, 3, 1)  # (b, height, width, d)
+        x = (x + positions(*x.shape[1:], x.device)).flatten(1, 2)                     # (b, l, d)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(dim=1))
+
+
+class TransformerBlock(nn.Module):
+    """x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)): (b, l, d) → (b, l, d)."""
+
+    def __init__(self, d_model: int, mlp_width: int, num_heads: int = 0, drop_path: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads or usual_heads(d_model)
+        if d_model % self.num_heads:
+            raise ValueError(f"{num_heads} heads do not divide {d_model} channels")
+        self.drop_path = drop_path
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.proj = nn.Linear(d_model, d_model)
+        self.mlp = nn.Sequential(nn.Linear(d_model, mlp_width), nn.GELU(), nn.Linear(mlp_width, d_model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + drop_path(self.attend(self.norm1(x)), self.drop_path, self.training)
+        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Every token looks at every other: (b, l, d) → (b, l, d)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                      # 3 × (b, heads, l, d/heads)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+def usual_heads(d_model: int) -> int:
+    """One head for each 64 channels, or as many below as divide them."""
+    return next(heads for heads in range(max(1, d_model // 64), 0, -1) if d_model % heads == 0)
+
+
+def positions(height: int, width: int, d_model: int, device: torch.device) -> Tensor:
+    """Sines and cosines of row and column, (height, width, d), at any resolution (arXiv 2205.01580, §2)."""
+    quarter = math.ceil(d_model / 4)
+    frequency = torch.exp(torch.arange(quarter, device=device) * (-math.log(10_000) / max(1, quarter - 1)))
+    rows = torch.arange(height, device=device)[:, None] * frequency                    # (height, d/4)
+    columns = torch.arange(width, device=device)[:, None] * frequency                  # (width, d/4)
+    rows, columns = rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)
+    return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1)[..., :d_model]
+
+
+# ---- The same size ----------------------------------------------------------------------------------------
+
+ARCHITECTURES = {"mamba": VisionMamba2, "lstm": VisionLSTM, "transformer": VisionTransformer}
+
+
+def matched_config(architecture: str, config: dict) -> dict:
+    """The arguments of `architecture` that give it about as many parameters as VisionMamba2(**config) has.
+
+    What only one of them knows is left out: the order of the scan and d_state. Raises KeyError for an
+    architecture that is not in ARCHITECTURES, and whatever VisionMamba2 raises for its config.
+    """
+    if architecture == "mamba":
+        return config
+    shared = {name: value for name, value in config.items()
+              if name not in ("scan", "d_state", "d_conv", "expand", "bidirectional")}
+    if architecture == "lstm":
+        shared["bidirectional"] = config.get("bidirectional", False)
+    size = {"lstm": "hidden_size", "transformer": "mlp_width"}[architecture]
+
+    def build(value: int) -> nn.Module:
+        return ARCHITECTURES[architecture](**shared, **{size: value})
+
+    return {**shared, size: matched_size(build, count_on_meta(lambda: VisionMamba2(**config)))}
+
+
+def matched_size(build: Callable[[int], nn.Module], parameters: int) -> int:
+    """The size at which `build(size)` has nearly as many parameters: a multiple of 8 within 2%, else any.
+
+    Tensor cores like multiples of 8, and no baseline is to be slow for want of one.
+    """
+    def count(size: int) -> int:
+        return count_on_meta(lambda: build(size))
+
+    for step in (8, 1):
+        sizes = range(step, parameters, step)
+        index = bisect.bisect_left(sizes, parameters, key=count)
+        size = min(sizes[max(0, index - 1):index + 1], key=lambda size: abs(count(size) - parameters))
+        if abs(count(size) - parameters) <= 0.02 * parameters:
+            break
+    return size
+
+
+def count_on_meta(build: Callable[[], nn.Module]) -> int:
+    """Parameters of the module that `build` makes, without memory or random numbers for them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build().parameters())

@@ -1,0 +1,69 @@
+"""presets.py: every preset is a command line that could have been typed, and flags win over it."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train_mamba
+from mamba_ssm_simple import VisionMamba2
+from presets import PRESETS
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """settings(*arguments) → what train_mamba.py makes of them, as a dictionary."""
+    def parse(*arguments: object) -> dict:
+        monkeypatch.setattr(sys, "argv", ["train_mamba.py", *map(str, arguments)])
+        return vars(train_mamba.parse_arguments())
+    return parse
+
+
+def typed(name: str, value: object) -> list[str]:
+    """The flag that gives the setting `name` its value."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", str(value)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_what_its_flags_say(preset, settings):
+    flags = [word for pair in PRESETS[preset].settings.items() for word in typed(*pair)]
+    assert settings("--preset", preset) == settings(*flags) | {"preset": preset}
+    assert PRESETS[preset].reason
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_flag_wins_over_every_preset(preset, settings):
+    given = settings("--epochs", 7, "--preset", preset, "--lr", 0.125, "--scan", "row", "--augment")
+    assert (given["epochs"], given["lr"], given["scan"]) == (7, 0.125, "row")
+    assert given["preset"] == preset and given["augment"]
+
+
+@pytest.mark.parametrize(("preset", "most"), [("tiny", 100_000), ("best", 1_000_000)])
+def test_a_preset_keeps_its_number_of_parameters(preset, most, settings):
+    _, model = train_mamba.build_model(train_mamba.argparse.Namespace(**settings("--preset", preset)),
+                                       torch.device("cpu"))
+    assert 0.75 * most < sum(parameter.numel() for parameter in model.parameters()) <= most
+
+
+def test_a_permutation_is_the_same_in_every_process_and_no_pixel_is_lost(seed):
+    plain, permuted, other = (VisionMamba2(d_model=8, num_blocks=1, patch_size=1, scan="raster",
+                                           permute_seed=order).eval() for order in (None, 92916, 1))
+    plain.load_state_dict(permuted.state_dict())
+    other.load_state_dict(permuted.state_dict())
+    images = torch.rand(2, 1, 7, 5)
+    with torch.inference_mode():  # and afterwards a backward with the same order
+        logits = permuted(images)
+    assert not torch.allclose(logits, other(images)) and not torch.allclose(logits, plain(images))
+    order = torch.from_numpy(np.random.RandomState(92916).permutation(35))
+    torch.testing.assert_close(plain(images.flatten(2)[..., order].reshape(2, 1, 7, 5)), logits)
+    images.requires_grad_()
+    permuted(images).sum().backward()
+    assert (images.grad != 0).all()
+    mean = torch.compile(permuted.forward, backend="eager", fullgraph=True)(images)
+    torch.testing.assert_close(mean, logits)
