@@ -1,14 +1,21 @@
 """The selective scan on CUDA: Triton kernels, nothing to compile at installation.
 
-A program owns one batch item, one block of channels and one segment of time. The states are a tile
-[n, channels] in registers; time is sequential. That keeps the whole chip busy for the short rows of images,
-where a scan along time leaves most threads idle. Where batch × channels is too small to fill it, time is cut
-into segments: A is diagonal and constant, so a segment's decay is exp(A ΣΔ), and what enters it follows from
-two passes before (`_plan` chooses; `segment_kernel`, then `carry_kernel`).
+A program is one warp and owns one batch item, one block of channels and one segment of time. The states are a
+tile [n, channels] in registers, four states of four channels in a thread; time is sequential. That keeps the
+whole chip busy for the short rows of images, where a scan along time leaves most threads idle.
 
-The forward keeps the state before every CHUNK steps; the backward recomputes the others from it, KEPT
-steps at a time, in registers. Sums over the batch and over channel blocks are made of partial sums in a
-fixed order, never by atomics: two runs give the same bits.
+Time goes in groups of GROUP steps. What concerns a channel alone (softplus, gate, their slopes) is computed
+for a whole group at once, one channel a lane, and handed to the recurrence through shared memory: in the
+recurrence's own layout every lane along the states would compute it again. The warp's own shared memory
+needs no barrier but the warp's.
+
+The forward keeps the state before every CHUNK steps; the backward recomputes the others from it. Sums over
+the batch and over channel blocks are made of partial sums in a fixed order, never by atomics: two runs give
+the same bits.
+
+Where batch × channels is too small to fill the chip, time is cut into segments: A is diagonal and constant,
+so a segment's decay is exp(A ΣΔ), and what enters it follows from two passes before (`_plan` chooses;
+`segment_kernel`, then `carry_kernel`).
 
 States and sums are float32 whatever the inputs are.
 """
@@ -28,9 +35,9 @@ if INTERPRETED:  # Triton's interpreter runs the same source on a CPU; layouts m
     import triton.language as gl
     from triton import jit
 
-    def arange(size, layout):
-        return gl.arange(0, size)
+    from selective_scan.interpreted import along, arange, convert, shared
 else:
+    from triton import constexpr_function
     from triton.experimental.gluon import jit
     from triton.experimental.gluon import language as gl
 
@@ -38,9 +45,21 @@ else:
     def arange(size: constexpr, layout: constexpr):
         return gl.arange(0, size, layout)
 
+    @constexpr_function
+    def along(layout, axis):
+        """The layout of a tile's rows (axis 1 summed away) or columns (axis 0)."""
+        return gl.SliceLayout(axis, layout)
+
+    convert = gl.convert_layout
+
+    @jit
+    def shared(rows: constexpr, columns: constexpr):
+        """Shared memory of float32, row after row."""
+        return gl.allocate_shared_memory(gl.float32, [rows, columns],
+                                         gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
 CHUNK = 8   # steps between state checkpoints
-UNROLL = 2  # steps whose inputs are loaded at a time; divides CHUNK
-KEPT = 2    # steps whose states the backward keeps in registers at a time; divides CHUNK
+GROUP = 4   # steps whose inputs are loaded, and whose states the backward keeps, at a time; divides CHUNK
 LOG2_E = constexpr(1.4426950408889634)
 LN_2 = constexpr(0.6931471805599453)
 
@@ -48,32 +67,35 @@ LN_2 = constexpr(0.6931471805599453)
 class Plan(NamedTuple):
     """How a shape is cut into programs, and a program's tile [n, channels] into threads."""
 
-    thread_channels: int   # channels of one thread
-    lanes_n: int           # lanes of a warp along the states; the others lie along the channels
-    warps: int             # along the channels
-    registers: int         # of one thread, at most: fewer let more warps hide each other's waiting
-    segment: int           # steps of one segment of time, a multiple of CHUNK
+    lanes_n: int    # lanes of a warp along the states; the others lie along the channels, four for each
+    registers: int  # of one thread, at most: fewer let more warps hide each other's waiting
+    segment: int    # steps of one segment of time, a multiple of CHUNK
 
     @property
     def block(self) -> int:
         """Channels of one program."""
-        return self.thread_channels * (32 // self.lanes_n) * self.warps
+        return 4 * 32 // self.lanes_n
 
     def arguments(self, n: int) -> dict:
         """What a kernel takes of it, for n states."""
         N = max(self.lanes_n, triton.next_power_of_2(n))
-        along_n = along_e = None
+        states = steps = parts = projected = None
         if not INTERPRETED:
-            tile = gl.BlockedLayout([N // self.lanes_n, self.thread_channels],
-                                    [self.lanes_n, 32 // self.lanes_n], [1, self.warps], [1, 0])
-            along_n, along_e = gl.SliceLayout(1, tile), gl.SliceLayout(0, tile)
-        return {"N": N, "BLOCK": self.block, "ALONG_N": along_n, "ALONG_E": along_e, "num_warps": self.warps,
-                "maxnreg": self.registers}
+            states = gl.BlockedLayout([N // self.lanes_n, 4],
+                                      [self.lanes_n, 32 // self.lanes_n], [1, 1], [1, 0])
+            steps = gl.BlockedLayout([GROUP, 1], [1, 32], [1, 1], [1, 0])
+            parts = gl.BlockedLayout([GROUP * self.lanes_n, 1], [1, 32], [1, 1], [1, 0])
+            projected = gl.BlockedLayout([1, 4], [8, 4], [1, 1], [1, 0])
+        return {"N": N, "BLOCK": self.block, "LANES": self.lanes_n, "STATES": states, "STEPS": steps,
+                "PARTS": parts, "PROJECTED": projected, "num_warps": 1, "maxnreg": self.registers}
 
 
-def _plan(batch: int, length: int, channels: int, backward: bool) -> Plan:
+def _plan(batch: int, length: int, channels: int, n: int, backward: bool) -> Plan:
     """The one place where a shape chooses its kernel configuration."""
-    plan = Plan(thread_channels=2, lanes_n=2, warps=1, registers=168 if backward else 128, segment=0)
+    # Four states of four channels a thread: half of each sum, over channels and over states, is then done
+    # before the first shuffle, and shared memory is read in the widest words.
+    lanes_n = max(4, triton.next_power_of_2(n) // 4)
+    plan = Plan(lanes_n, registers=168 if backward else 128, segment=0)
     programs = batch * triton.cdiv(channels, plan.block)
     # A step waits for memory and for the step before it: some 2,000 programs hide that on 132 processors.
     segments = max(1, min(2048 // programs, length // 64))
@@ -104,51 +126,65 @@ def sigmoid(x):
 
 
 @jit
-def load_step(pointers, index, limit):
-    """One step's channels or states as float32, 0 from `limit` on."""
-    return gl.load(pointers, mask=index < limit, other=0.0).to(gl.float32)
-
-
-@jit
-def load_steps(pointers, stride, index, limit, left, STEPS: constexpr):
-    """STEPS successive steps, 0 where fewer are left; and the pointers to the step after them.
-
-    All loads come before the first use: a step alone would wait for memory.
-    """
-    steps = ()
-    for k in gl.static_range(STEPS):
-        steps = steps + (load_step(pointers, index, gl.where(k < left, limit, 0)),)
-        pointers += stride
-    return steps, pointers
-
-
-@jit
-def step_size(raw, bias, e, limit, SOFTPLUS: constexpr):
-    """Δ from what came in; 0 from `limit` on, where the state then stays as it is."""
-    raw += bias
+def step_size(raw, inside, SOFTPLUS: constexpr):
+    """Δ from what came in, bias included; 0 outside, where the state then stays as it is."""
     if SOFTPLUS:
         raw = softplus(raw)
-    return gl.where(e < limit, raw, 0.0)
+    return gl.where(inside, raw, 0.0)
 
 
 @jit
-def load_weights(A, D, bias, e, n, e_inside, n_inside, N_STATE, HAS_D: constexpr, HAS_BIAS: constexpr):
-    """A·log₂e as [n, channels], D and Δ bias as [channels], 0 where absent."""
-    inside = n_inside[:, None] & e_inside[None, :]
+def load_weights(A, D, bias, e, n, e_steps, channels, N_STATE, HAS_D: constexpr, HAS_BIAS: constexpr):
+    """A·log₂e as [n, channels], D and Δ bias as [1, channels], 0 where absent."""
+    inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
     A2 = gl.load(A + e[None, :] * N_STATE + n[:, None], mask=inside, other=0.0).to(gl.float32) * LOG2_E
-    D_e = (e * 0).to(gl.float32)
+    D_e = (e_steps * 0).to(gl.float32)
     if HAS_D:
-        D_e = gl.load(D + e, mask=e_inside, other=0.0).to(gl.float32)
-    bias_e = (e * 0).to(gl.float32)
+        D_e = gl.load(D + e_steps, mask=e_steps < channels, other=0.0).to(gl.float32)
+    bias_e = (e_steps * 0).to(gl.float32)
     if HAS_BIAS:
-        bias_e = gl.load(bias + e, mask=e_inside, other=0.0).to(gl.float32)
-    return A2, D_e, bias_e
+        bias_e = gl.load(bias + e_steps, mask=e_steps < channels, other=0.0).to(gl.float32)
+    return A2, D_e[None, :], bias_e[None, :]
 
 
 @jit
-def advance(h, dt, x, B_t, A2):
-    """h_t = exp(Δ_t A) h_{t−1} + x_t B_t, with x = Δ u."""
-    return gl.exp2(dt[None, :] * A2) * h + x[None, :] * B_t[:, None]
+def load_group(pointer, offsets, inside):
+    return gl.load(pointer + offsets, mask=inside, other=0.0).to(gl.float32)
+
+
+@jit
+def step_of(rows, k: constexpr, STATES: constexpr):
+    """Step k of [GROUP, channels] in shared memory, [1, channels]."""
+    return rows.slice(k, 1).load(STATES)
+
+
+@jit
+def column_of(rows, k: constexpr):
+    """Where step k of [GROUP, n] lies in shared memory, as a column [n, 1]."""
+    return rows.permute([1, 0]).slice(k, 1, dim=1)
+
+
+@jit
+def sum_states(x, LANES: constexpr):
+    """What each of LANES lanes has to add to Σ_n x, [LANES, channels], of x [n, channels].
+
+    The lanes' parts are added up one group later, where one lane holds a channel: sooner, it takes shuffles.
+    """
+    return gl.sum(gl.reshape(x, [LANES, x.shape[0] // LANES, x.shape[1]]), axis=1)
+
+
+@jit
+def sum_lanes(parts, LANES: constexpr, PARTS: constexpr, STEPS: constexpr):
+    """[GROUP, channels] from the parts of `sum_states` in shared memory, [GROUP · LANES, channels]."""
+    x = parts.load(PARTS)
+    return convert(gl.sum(gl.reshape(x, [x.shape[0] // LANES, LANES, x.shape[1]]), axis=1), STEPS)
+
+
+@jit
+def advance(h, dts, xs, Bs, k: constexpr, A2, STATES: constexpr):
+    """h_t = exp(Δ_t A) h_{t−1} + x_t B_t for step k of the group, with x = Δ u."""
+    decay = gl.exp2(step_of(dts, k, STATES) * A2)
+    return decay * h + step_of(xs, k, STATES) * column_of(Bs, k).load(STATES)
 
 
 # ---- Forward -----------------------------------------------------------------------------------------------
@@ -156,63 +192,84 @@ def advance(h, dt, x, B_t, A2):
 
 @jit
 def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, checkpoints,
-                   u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
-                   length, channels, N_STATE, segment, segments,
-                   ALIGN: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
+                   u_b, u_l: constexpr, delta_b, delta_l: constexpr, B_b, B_l: constexpr, C_b,
+                   C_l: constexpr, z_b, z_l: constexpr,
+                   length, channels: constexpr, N_STATE: constexpr, segment, segments,
+                   HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
                    SOFTPLUS: constexpr, SAVE: constexpr, SEGMENTED: constexpr, N: constexpr, BLOCK: constexpr,
-                   ALONG_N: constexpr, ALONG_E: constexpr, CHUNK: constexpr, UNROLL: constexpr):
+                   LANES: constexpr, STATES: constexpr, STEPS: constexpr, PARTS: constexpr,
+                   PROJECTED: constexpr, CHUNK: constexpr, GROUP: constexpr):
+    ALONG_N: constexpr = along(STATES, 1)
+    ALONG_E: constexpr = along(STATES, 0)
     e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
+    n = arange(N, ALONG_N)
+    e_steps = gl.program_id(0) * BLOCK + arange(BLOCK, along(STEPS, 0))
+    k_steps = arange(GROUP, along(STEPS, 1))
+    n_projected = arange(N, along(PROJECTED, 0))
+    k_projected = arange(GROUP, along(PROJECTED, 1))
+    e_inside, n_inside = (e_steps < channels)[None, :], (n_projected < N_STATE)[None, :]
     b = (gl.program_id(1) // segments).to(gl.int64)
     part = gl.program_id(1) % segments
-    n = arange(N, ALONG_N)
-    e_inside, n_inside = e < channels, n < N_STATE
-    inside = n_inside[:, None] & e_inside[None, :]
-    A2, D_e, bias_e = load_weights(A, D, bias, e, n, e_inside, n_inside, N_STATE, HAS_D, HAS_BIAS)
+    A2, D_e, bias_e = load_weights(A, D, bias, e, n, e_steps, channels, N_STATE, HAS_D, HAS_BIAS)
     states = n[:, None] * channels + e[None, :]
+    states_inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
 
     start = part * segment
     stop = gl.minimum(start + segment, length)
-    u_t, delta_t = u + b * u_b + start * u_l + e, delta + b * delta_b + start * delta_l + e
-    B_l, C_l = B_l * ALIGN, C_l * ALIGN
-    B_t, C_t = B + b * B_b * ALIGN + start * B_l + n, C + b * C_b * ALIGN + start * C_l + n
-    z_t, out_t = z + b * z_b + start * z_l + e, out + (b * length + start) * channels + e
+    t = b * 0 + start
+    u_t, delta_t, z_t = u + b * u_b + t * u_l, delta + b * delta_b + t * delta_l, z + b * z_b + t * z_l
+    B_t, C_t = B + b * B_b + t * B_l, C + b * C_b + t * C_l
+    out_t = out + (b * length + t) * channels
+    of_u = k_steps[:, None] * u_l + e_steps[None, :]
+    of_delta = k_steps[:, None] * delta_l + e_steps[None, :]
+    of_z, of_out = k_steps[:, None] * z_l + e_steps[None, :], k_steps[:, None] * channels + e_steps[None, :]
+    of_B = k_projected[:, None] * B_l + n_projected[None, :]
+    of_C = k_projected[:, None] * C_l + n_projected[None, :]
+    dts, xs, ys = shared(GROUP, BLOCK), shared(GROUP, BLOCK), shared(GROUP * LANES, BLOCK)
+    Bs, Cs = shared(GROUP, N), shared(GROUP, N)
+
     h = gl.zeros_like(A2)
     if SEGMENTED:
-        h = gl.load(entering + (b * segments + part) * N_STATE * channels + states, mask=inside, other=0.0)
-    left = stop - start
-    us, u_t = load_steps(u_t, u_l, e, channels, left, UNROLL)
-    deltas, delta_t = load_steps(delta_t, delta_l, e, channels, left, UNROLL)
-    Bs, B_t = load_steps(B_t, B_l, n, N_STATE, left, UNROLL)
-    Cs, C_t = load_steps(C_t, C_l, n, N_STATE, left, UNROLL)
-    zs = us
+        h = gl.load(entering + (b * segments + part) * N_STATE * channels + states, mask=states_inside,
+                    other=0.0)
+    inside = (k_steps < stop - start)[:, None] & e_inside
+    projected_inside = (k_projected < stop - start)[:, None] & n_inside
+    next_u, next_delta = load_group(u_t, of_u, inside), load_group(delta_t, of_delta, inside)
+    next_B, next_C = load_group(B_t, of_B, projected_inside), load_group(C_t, of_C, projected_inside)
+    next_z = next_u
     if HAS_Z:
-        zs, z_t = load_steps(z_t, z_l, e, channels, left, UNROLL)
-    for first in range(start, stop, UNROLL):
+        next_z = load_group(z_t, of_z, inside)
+    for first in range(start, stop, GROUP):
         if SAVE:
             if (first > 0) & (first % CHUNK == 0):
                 at = (b * ((length - 1) // CHUNK) + first // CHUNK - 1) * N_STATE * channels
-                gl.store(checkpoints + at + states, h, mask=inside)
-        # The next steps are on their way while these are worked on.
-        left = stop - first - UNROLL
-        next_us, u_t = load_steps(u_t, u_l, e, channels, left, UNROLL)
-        next_deltas, delta_t = load_steps(delta_t, delta_l, e, channels, left, UNROLL)
-        next_Bs, B_t = load_steps(B_t, B_l, n, N_STATE, left, UNROLL)
-        next_Cs, C_t = load_steps(C_t, C_l, n, N_STATE, left, UNROLL)
-        next_zs = next_us
+                gl.store(checkpoints + at + states, h, mask=states_inside)
+        u_, z_, now = next_u, next_z, inside
+        dt = step_size(next_delta + bias_e, inside, SOFTPLUS)
+        dts.store(dt)
+        xs.store(dt * u_)
+        Bs.store(next_B)
+        Cs.store(next_C)
+        # The next group is on its way while this one is worked on.
+        u_t, delta_t, z_t = u_t + GROUP * u_l, delta_t + GROUP * delta_l, z_t + GROUP * z_l
+        B_t, C_t = B_t + GROUP * B_l, C_t + GROUP * C_l
+        inside = (k_steps < stop - first - GROUP)[:, None] & e_inside
+        projected_inside = (k_projected < stop - first - GROUP)[:, None] & n_inside
+        next_u, next_delta = load_group(u_t, of_u, inside), load_group(delta_t, of_delta, inside)
+        next_B, next_C = load_group(B_t, of_B, projected_inside), load_group(C_t, of_C, projected_inside)
+        next_z = next_u
         if HAS_Z:
-            next_zs, z_t = load_steps(z_t, z_l, e, channels, left, UNROLL)
-        for k in gl.static_range(UNROLL):
-            e_limit = gl.where(first + k < stop, channels, 0)
-            dt = step_size(deltas[k], bias_e, e, e_limit, SOFTPLUS)
-            h = advance(h, dt, dt * us[k], Bs[k], A2)
-            y = gl.sum(h * Cs[k][:, None], axis=0) + D_e * us[k]
-            if HAS_Z:
-                y = y * zs[k] * sigmoid(zs[k])
-            gl.store(out_t, y.to(out.dtype.element_ty), mask=e < e_limit)
-            out_t += channels
-        us, deltas, Bs, Cs, zs = next_us, next_deltas, next_Bs, next_Cs, next_zs
+            next_z = load_group(z_t, of_z, inside)
+        for k in gl.static_range(GROUP):
+            h = advance(h, dts, xs, Bs, k, A2, STATES)
+            ys.slice(k * LANES, LANES).store(sum_states(h * column_of(Cs, k).load(STATES), LANES))
+        y = sum_lanes(ys, LANES, PARTS, STEPS) + D_e * u_
+        if HAS_Z:
+            y = y * z_ * sigmoid(z_)
+        gl.store(out_t + of_out, y.to(out.dtype.element_ty), mask=now)
+        out_t += GROUP * channels
     if stop == length:
-        gl.store(last_state + b * N_STATE * channels + states, h, mask=inside)
+        gl.store(last_state + b * N_STATE * channels + states, h, mask=states_inside)
 
 
 # ---- Backward ----------------------------------------------------------------------------------------------
@@ -220,113 +277,131 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
 
 @jit
 def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
-                    du, ddelta, dA, dB, dC, dD, dz, dbias,
-                    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dout_b, dout_l,
-                    length, channels, N_STATE, segment, segments, batch,
-                    ALIGN: constexpr, HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
+                    du, ddelta, dz, weight_sums, projected_sums,
+                    u_b, u_l: constexpr, delta_b, delta_l: constexpr, B_b, B_l: constexpr, C_b,
+                    C_l: constexpr, z_b, z_l: constexpr, dout_b, dout_l: constexpr,
+                    length, channels: constexpr, N_STATE: constexpr, segment, segments, batch,
+                    HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
                     SOFTPLUS: constexpr, HAS_LEAVING: constexpr, N: constexpr, BLOCK: constexpr,
-                    ALONG_N: constexpr, ALONG_E: constexpr, CHUNK: constexpr, KEPT: constexpr):
+                    LANES: constexpr, STATES: constexpr, STEPS: constexpr, PARTS: constexpr,
+                    PROJECTED: constexpr, CHUNK: constexpr, GROUP: constexpr):
     """With g_t = ∂loss/∂h_t = C_t ∂y_t + exp(Δ_{t+1} A) g_{t+1}:
     ∂B_t = Σ_e g_t Δ_t u_t,  ∂C_t = Σ_e h_t ∂y_t,  ∂(Δ_t u_t) = Σ_n g_t B_t,
     ∂(Δ_t A) = g_t exp(Δ_t A) h_{t−1}.
 
     `leaving` holds exp(Δ_{t+1} A) g_{t+1} at the last step t of each segment.
     """
+    ALONG_N: constexpr = along(STATES, 1)
+    ALONG_E: constexpr = along(STATES, 0)
     e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
+    n = arange(N, ALONG_N)
+    e_steps = gl.program_id(0) * BLOCK + arange(BLOCK, along(STEPS, 0))
+    k_steps = arange(GROUP, along(STEPS, 1))
+    n_projected = arange(N, along(PROJECTED, 0))
+    k_projected = arange(GROUP, along(PROJECTED, 1))
+    e_inside, n_inside = (e_steps < channels)[None, :], (n_projected < N_STATE)[None, :]
     b = (gl.program_id(1) // segments).to(gl.int64)
     part = gl.program_id(1) % segments
-    n = arange(N, ALONG_N)
-    e_inside, n_inside = e < channels, n < N_STATE
-    inside = n_inside[:, None] & e_inside[None, :]
-    A2, D_e, bias_e = load_weights(A, D, bias, e, n, e_inside, n_inside, N_STATE, HAS_D, HAS_BIAS)
+    A2, D_e, bias_e = load_weights(A, D, bias, e, n, e_steps, channels, N_STATE, HAS_D, HAS_BIAS)
     states = n[:, None] * channels + e[None, :]
-    block = gl.program_id(0).to(gl.int64)
+    states_inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
 
-    u_0, delta_0, z_0 = u + b * u_b + e, delta + b * delta_b + e, z + b * z_b + e
-    dout_0 = dout + b * dout_b + e
-    B_l, C_l = B_l * ALIGN, C_l * ALIGN
-    B_0, C_0 = B + b * B_b * ALIGN + n, C + b * C_b * ALIGN + n
-    of_b = b * length * channels + e
-    du_0, ddelta_0, dz_0 = du + of_b, ddelta + of_b, dz + of_b
-    of_b = (block * batch + b) * length * N_STATE + n
-    dB_0, dC_0 = dB + of_b, dC + of_b
+    start = part * segment
+    stop = gl.minimum(start + segment, length)
+    groups = gl.cdiv(stop - start, GROUP)
+    u_0, delta_0, z_0, dout_0 = u + b * u_b, delta + b * delta_b, z + b * z_b, dout + b * dout_b
+    B_0, C_0 = B + b * B_b, C + b * C_b
+    of_u = k_steps[:, None] * u_l + e_steps[None, :]
+    of_delta = k_steps[:, None] * delta_l + e_steps[None, :]
+    of_z, of_dout = k_steps[:, None] * z_l + e_steps[None, :], k_steps[:, None] * dout_l + e_steps[None, :]
+    of_out = k_steps[:, None] * channels + e_steps[None, :]
+    of_B = k_projected[:, None] * B_l + n_projected[None, :]
+    of_C = k_projected[:, None] * C_l + n_projected[None, :]
+    of_sums = k_projected[:, None] * N_STATE + n_projected[None, :]
+    dts, xs, dys = shared(GROUP, BLOCK), shared(GROUP, BLOCK), shared(GROUP, BLOCK)
+    d_xs, d_exponents = shared(GROUP * LANES, BLOCK), shared(GROUP * LANES, BLOCK)
+    ys = d_xs  # read before the others are written
+    Bs, Cs, dCs, dBs = shared(GROUP, N), shared(GROUP, N), shared(GROUP, N), shared(GROUP, N)
+    carried_hs = shared(GROUP * N, BLOCK)
+
     g = gl.zeros_like(A2)
     if HAS_LEAVING:
-        g = gl.load(leaving + (b * segments + part) * N_STATE * channels + states, mask=inside, other=0.0)
+        g = gl.load(leaving + (b * segments + part) * N_STATE * channels + states, mask=states_inside,
+                    other=0.0)
     dA_sum = gl.zeros_like(A2)
     dD_sum = gl.zeros_like(D_e)
     dbias_sum = gl.zeros_like(D_e)
-    start = part * segment
-    stop = gl.minimum(start + segment, length)
-    kept_chunks = gl.cdiv(stop - start, KEPT)
-    for i in range(kept_chunks):
-        first = start + (kept_chunks - 1 - i) * KEPT
+    for i in range(groups):
+        first = start + (groups - 1 - i) * GROUP
         begin = first // CHUNK * CHUNK
         h = gl.zeros_like(A2)
         if begin > 0:
             at = (b * ((length - 1) // CHUNK) + begin // CHUNK - 1) * N_STATE * channels
-            h = gl.load(checkpoints + at + states, mask=inside, other=0.0)
-        for t in range(begin, first):
-            raw = load_step(delta_0 + t * delta_l, e, channels)
-            dt = step_size(raw, bias_e, e, channels, SOFTPLUS)
-            x = dt * load_step(u_0 + t * u_l, e, channels)
-            h = advance(h, dt, x, load_step(B_0 + t * B_l, n, N_STATE), A2)
-        left = stop - first
-        us, _ = load_steps(u_0 + first * u_l, u_l, e, channels, left, KEPT)
-        raws, _ = load_steps(delta_0 + first * delta_l, delta_l, e, channels, left, KEPT)
-        Bs, _ = load_steps(B_0 + first * B_l, B_l, n, N_STATE, left, KEPT)
-        dts = ()
-        hs = (h,)
-        for k in gl.static_range(KEPT):
-            e_limit = gl.where(first + k < stop, channels, 0)
-            dts = dts + (step_size(raws[k], bias_e, e, e_limit, SOFTPLUS),)
-            if k < KEPT - 1:
-                h = advance(h, dts[k], dts[k] * us[k], Bs[k], A2)
-                hs = hs + (h,)
-        Cs, _ = load_steps(C_0 + first * C_l, C_l, n, N_STATE, left, KEPT)
-        dys, _ = load_steps(dout_0 + first * dout_l, dout_l, e, channels, left, KEPT)
+            h = gl.load(checkpoints + at + states, mask=states_inside, other=0.0)
+        for before in range(begin, first, GROUP):
+            t = b * 0 + before
+            dt = step_size(load_group(delta_0 + t * delta_l, of_delta, e_inside) + bias_e, e_inside, SOFTPLUS)
+            dts.store(dt)
+            xs.store(dt * load_group(u_0 + t * u_l, of_u, e_inside))
+            Bs.store(load_group(B_0 + t * B_l, of_B, n_inside))
+            for k in gl.static_range(GROUP):
+                h = advance(h, dts, xs, Bs, k, A2, STATES)
+
+        t = b * 0 + first
+        inside = (k_steps < stop - first)[:, None] & e_inside
+        projected_inside = (k_projected < stop - first)[:, None] & n_inside
+        raw = load_group(delta_0 + t * delta_l, of_delta, inside) + bias_e
+        u_ = load_group(u_0 + t * u_l, of_u, inside)
+        dy = load_group(dout_0 + t * dout_l, of_dout, inside)
+        Bs.store(load_group(B_0 + t * B_l, of_B, projected_inside))
+        Cs.store(load_group(C_0 + t * C_l, of_C, projected_inside))
+        slope = dy
         if HAS_Z:
-            zs, _ = load_steps(z_0 + first * z_l, z_l, e, channels, left, KEPT)
-        along_e, along_n = (first + KEPT - 1) * channels, (first + KEPT - 1) * N_STATE
-        du_t, ddelta_t, dz_t = du_0 + along_e, ddelta_0 + along_e, dz_0 + along_e
-        dB_t, dC_t = dB_0 + along_n, dC_0 + along_n
-        for back in gl.static_range(KEPT):
-            more = first + KEPT - 1 - back < stop
-            now, n_now = e < gl.where(more, channels, 0), n < gl.where(more, N_STATE, 0)
-            u_, dt, dy = us[KEPT - 1 - back], dts[KEPT - 1 - back], dys[KEPT - 1 - back]
-            B_, C_ = Bs[KEPT - 1 - back][:, None], Cs[KEPT - 1 - back][:, None]
-            x = dt * u_
-            decay = gl.exp2(dt[None, :] * A2)
-            carried_h = decay * hs[KEPT - 1 - back]
-            h = carried_h + x[None, :] * B_
+            z_ = load_group(z_0 + t * z_l, of_z, inside)
+            gate = sigmoid(z_)
+            slope = dy * gate * (1.0 + z_ * (1.0 - gate))  # ∂loss/∂z = slope · y
+            dy = dy * z_ * gate
+        dt = step_size(raw, inside, SOFTPLUS)
+        dts.store(dt)
+        xs.store(dt * u_)
+        dys.store(dy)
+        for k in gl.static_range(GROUP):
+            carried = gl.exp2(step_of(dts, k, STATES) * A2) * h
+            carried_hs.slice(k * N, N).store(carried)
+            h = carried + step_of(xs, k, STATES) * column_of(Bs, k).load(STATES)
             if HAS_Z:
-                z_ = zs[KEPT - 1 - back]
-                y = gl.sum(h * C_, axis=0) + D_e * u_
-                gate = sigmoid(z_)
-                silu = z_ * gate
-                gl.store(dz_t, (dy * y * (gate + silu * (1.0 - gate))).to(dz.dtype.element_ty), mask=now)
-                dz_t -= channels
-                dy = dy * silu
-            g += C_ * dy[None, :]
-            gl.store(dC_t, gl.sum(h * dy[None, :], axis=1), mask=n_now)
-            gl.store(dB_t, gl.sum(g * x[None, :], axis=1), mask=n_now)
-            d_x = gl.sum(g * B_, axis=0)
-            d_exponent = g * carried_h
-            d_delta = d_x * u_ + gl.sum(d_exponent * A2, axis=0) * LN_2
-            if SOFTPLUS:
-                d_delta = d_delta * sigmoid(raws[KEPT - 1 - back] + bias_e)
-            dA_sum += d_exponent * dt[None, :]
-            g = g * decay
-            gl.store(du_t, (d_x * dt + dy * D_e).to(du.dtype.element_ty), mask=now)
-            gl.store(ddelta_t, d_delta.to(ddelta.dtype.element_ty), mask=now)
-            du_t, ddelta_t = du_t - channels, ddelta_t - channels
-            dB_t, dC_t = dB_t - N_STATE, dC_t - N_STATE
-            dD_sum += dy * u_
-            dbias_sum += gl.where(now, d_delta, 0.0)
-    own = b * segments + part
-    gl.store(dA + own * N_STATE * channels + states, dA_sum, mask=inside)
-    gl.store(dD + own * channels + e, dD_sum, mask=e_inside)
-    gl.store(dbias + own * channels + e, dbias_sum, mask=e_inside)
+                ys.slice(k * LANES, LANES).store(sum_states(h * column_of(Cs, k).load(STATES), LANES))
+            column_of(dCs, k).store(gl.sum(h * step_of(dys, k, STATES), axis=1, keep_dims=True))
+        t = b * length + first
+        if HAS_Z:
+            y = sum_lanes(ys, LANES, PARTS, STEPS) + D_e * u_
+            gl.store(dz + t * channels + of_out, (slope * y).to(dz.dtype.element_ty), mask=inside)
+        for k in gl.static_range(GROUP - 1, -1, -1):
+            dt_k = step_of(dts, k, STATES)
+            g += column_of(Cs, k).load(STATES) * step_of(dys, k, STATES)
+            column_of(dBs, k).store(gl.sum(g * step_of(xs, k, STATES), axis=1, keep_dims=True))
+            d_xs.slice(k * LANES, LANES).store(sum_states(g * column_of(Bs, k).load(STATES), LANES))
+            d_exponent = g * carried_hs.slice(k * N, N).load(STATES)
+            d_exponents.slice(k * LANES, LANES).store(sum_states(d_exponent * A2, LANES))
+            dA_sum += d_exponent * dt_k
+            g = g * gl.exp2(dt_k * A2)
+        own = projected_sums + ((gl.program_id(0).to(gl.int64) * 2 * batch + b) * length + first) * N_STATE
+        gl.store(own + of_sums, dBs.load(PROJECTED), mask=projected_inside)
+        own += (b * 0 + batch) * length * N_STATE
+        gl.store(own + of_sums, dCs.load(PROJECTED), mask=projected_inside)
+        d_x, dt, dy = sum_lanes(d_xs, LANES, PARTS, STEPS), dts.load(STEPS), dys.load(STEPS)
+        d_delta = d_x * u_ + sum_lanes(d_exponents, LANES, PARTS, STEPS) * LN_2
+        if SOFTPLUS:
+            d_delta = d_delta * sigmoid(raw)
+        d_delta = gl.where(inside, d_delta, 0.0)
+        gl.store(du + t * channels + of_out, (d_x * dt + dy * D_e).to(du.dtype.element_ty), mask=inside)
+        gl.store(ddelta + t * channels + of_out, d_delta.to(ddelta.dtype.element_ty), mask=inside)
+        dD_sum += gl.sum(dy * u_, axis=0)[None, :]
+        dbias_sum += gl.sum(d_delta, axis=0)[None, :]
+    own = weight_sums + (b * segments + part) * (N_STATE + 2) * channels
+    gl.store(own + states, dA_sum, mask=states_inside)
+    gl.store(own + N_STATE * channels + e_steps[None, :], dD_sum, mask=e_inside)
+    gl.store(own + (N_STATE + 1) * channels + e_steps[None, :], dbias_sum, mask=e_inside)
 
 
 # ---- What enters a segment ---------------------------------------------------------------------------------
@@ -334,65 +409,95 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
 
 @jit
 def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
-                   u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dout_b, dout_l,
-                   length, channels, N_STATE, segment, segments,
-                   ALIGN: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
-                   REVERSE: constexpr, N: constexpr, BLOCK: constexpr, ALONG_N: constexpr, ALONG_E: constexpr,
-                   UNROLL: constexpr):
+                   u_b, u_l: constexpr, delta_b, delta_l: constexpr, B_b, B_l: constexpr, C_b,
+                   C_l: constexpr, z_b, z_l: constexpr, dout_b, dout_l: constexpr,
+                   length, channels: constexpr, N_STATE: constexpr, segment, segments,
+                   HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
+                   REVERSE: constexpr, N: constexpr, BLOCK: constexpr, LANES: constexpr, STATES: constexpr,
+                   STEPS: constexpr, PARTS: constexpr, PROJECTED: constexpr, GROUP: constexpr):
     """What one segment adds to the state after it (or, in REVERSE, to the gradient before it), and its ΣΔ."""
+    ALONG_N: constexpr = along(STATES, 1)
+    ALONG_E: constexpr = along(STATES, 0)
     e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
+    n = arange(N, ALONG_N)
+    e_steps = gl.program_id(0) * BLOCK + arange(BLOCK, along(STEPS, 0))
+    k_steps = arange(GROUP, along(STEPS, 1))
+    n_projected = arange(N, along(PROJECTED, 0))
+    k_projected = arange(GROUP, along(PROJECTED, 1))
+    e_inside, n_inside = (e_steps < channels)[None, :], (n_projected < N_STATE)[None, :]
     b = (gl.program_id(1) // segments).to(gl.int64)
     part = gl.program_id(1) % segments
-    n = arange(N, ALONG_N)
-    e_inside, n_inside = e < channels, n < N_STATE
-    inside = n_inside[:, None] & e_inside[None, :]
-    A2, _, bias_e = load_weights(A, A, bias, e, n, e_inside, n_inside, N_STATE, False, HAS_BIAS)
-    h = gl.zeros_like(A2)
-    delta_sum = (e * 0).to(gl.float32)
+    A2, _, bias_e = load_weights(A, A, bias, e, n, e_steps, channels, N_STATE, False, HAS_BIAS)
+
     start = part * segment
     stop = gl.minimum(start + segment, length)
+    t = b * 0 + start
+    sign: constexpr = -1 if REVERSE else 1
     if REVERSE:
-        t, direction = stop - 1, -1
-    else:
-        t, direction = start, 1
-    delta_t = delta + b * delta_b + t * delta_l + e
-    u_t, B_t = u + b * u_b + t * u_l + e, B + (b * B_b + t * B_l) * ALIGN + n
-    dout_t, C_t = dout + b * dout_b + t * dout_l + e, C + (b * C_b + t * C_l) * ALIGN + n
-    z_t = z + b * z_b + t * z_l + e
-    for done in range(0, stop - start, UNROLL):
-        left = stop - start - done
-        deltas, delta_t = load_steps(delta_t, direction * delta_l, e, channels, left, UNROLL)
-        if REVERSE:
-            inputs, dout_t = load_steps(dout_t, -dout_l, e, channels, left, UNROLL)
-            Cs, C_t = load_steps(C_t, -C_l * ALIGN, n, N_STATE, left, UNROLL)
-            if HAS_Z:
-                zs, z_t = load_steps(z_t, -z_l, e, channels, left, UNROLL)
-        else:
-            inputs, u_t = load_steps(u_t, u_l, e, channels, left, UNROLL)
-            Bs, B_t = load_steps(B_t, B_l * ALIGN, n, N_STATE, left, UNROLL)
-        for k in gl.static_range(UNROLL):
-            dt = step_size(deltas[k], bias_e, e, gl.where(k < left, channels, 0), SOFTPLUS)
-            delta_sum += dt
+        t = b * 0 + stop - 1
+    # Forward it is u and B that drive the state; in reverse the gradient of y, and C.
+    drive_t, onto_t = u + b * u_b + t * u_l, B + b * B_b + t * B_l
+    drive_l: constexpr = dout_l if REVERSE else u_l
+    onto_l: constexpr = C_l if REVERSE else B_l
+    if REVERSE:
+        drive_t, onto_t = dout + b * dout_b + t * dout_l, C + b * C_b + t * C_l
+    delta_t, z_t = delta + b * delta_b + t * delta_l, z + b * z_b + t * z_l
+    of_delta = sign * k_steps[:, None] * delta_l + e_steps[None, :]
+    of_z = sign * k_steps[:, None] * z_l + e_steps[None, :]
+    of_drive = sign * k_steps[:, None] * drive_l + e_steps[None, :]
+    of_onto = sign * k_projected[:, None] * onto_l + n_projected[None, :]
+    dts, xs, ontos = shared(GROUP, BLOCK), shared(GROUP, BLOCK), shared(GROUP, N)
+
+    h = gl.zeros_like(A2)
+    delta_sum = gl.zeros_like(bias_e)
+    inside = (k_steps < stop - start)[:, None] & e_inside
+    projected_inside = (k_projected < stop - start)[:, None] & n_inside
+    next_delta, next_drive = load_group(delta_t, of_delta, inside), load_group(drive_t, of_drive, inside)
+    next_onto = load_group(onto_t, of_onto, projected_inside)
+    next_z = next_drive
+    if REVERSE and HAS_Z:
+        next_z = load_group(z_t, of_z, inside)
+    for done in range(0, stop - start, GROUP):
+        dt = step_size(next_delta + bias_e, inside, SOFTPLUS)
+        x = next_drive
+        if not REVERSE:
+            x = dt * x
+        elif HAS_Z:
+            x = x * next_z * sigmoid(next_z)
+        dts.store(dt)
+        xs.store(x)
+        ontos.store(next_onto)
+        delta_sum += gl.sum(dt, axis=0)[None, :]
+        # The next group is on its way while this one is worked on.
+        delta_t, drive_t = delta_t + sign * GROUP * delta_l, drive_t + sign * GROUP * drive_l
+        onto_t, z_t = onto_t + sign * GROUP * onto_l, z_t + sign * GROUP * z_l
+        inside = (k_steps < stop - start - done - GROUP)[:, None] & e_inside
+        projected_inside = (k_projected < stop - start - done - GROUP)[:, None] & n_inside
+        next_delta, next_drive = load_group(delta_t, of_delta, inside), load_group(drive_t, of_drive, inside)
+        next_onto = load_group(onto_t, of_onto, projected_inside)
+        if REVERSE and HAS_Z:
+            next_z = load_group(z_t, of_z, inside)
+        for k in gl.static_range(GROUP):
             if REVERSE:
-                dy = inputs[k]
-                if HAS_Z:
-                    dy = dy * zs[k] * sigmoid(zs[k])
-                h = gl.exp2(dt[None, :] * A2) * (h + dy[None, :] * Cs[k][:, None])
+                h += step_of(xs, k, STATES) * column_of(ontos, k).load(STATES)
+                h = gl.exp2(step_of(dts, k, STATES) * A2) * h
             else:
-                h = advance(h, dt, dt * inputs[k], Bs[k], A2)
+                h = advance(h, dts, xs, ontos, k, A2, STATES)
     own = b * segments + part
+    inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
     gl.store(carried + own * N_STATE * channels + n[:, None] * channels + e[None, :], h, mask=inside)
-    gl.store(delta_sums + own * channels + e, delta_sum, mask=e_inside)
+    gl.store(delta_sums + own * channels + e_steps[None, :], delta_sum, mask=e_inside)
 
 
 @jit
-def carry_kernel(A, carried, delta_sums, begin, entering, channels, N_STATE, segments,
-                 HAS_BEGIN: constexpr, REVERSE: constexpr, N: constexpr, BLOCK: constexpr, ALONG_N: constexpr,
-                 ALONG_E: constexpr):
+def carry_kernel(A, carried, delta_sums, begin, entering, channels: constexpr, N_STATE: constexpr, segments,
+                 HAS_BEGIN: constexpr, REVERSE: constexpr, N: constexpr, BLOCK: constexpr,
+                 LANES: constexpr, STATES: constexpr, STEPS: constexpr, PARTS: constexpr,
+                 PROJECTED: constexpr):
     """What enters each segment, from what each adds: h ← exp(A ΣΔ) h + carried, segment after segment."""
-    e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
+    e = gl.program_id(0) * BLOCK + arange(BLOCK, along(STATES, 0))
     b = gl.program_id(1).to(gl.int64)
-    n = arange(N, ALONG_N)
+    n = arange(N, along(STATES, 1))
     e_inside = e < channels
     inside = (n < N_STATE)[:, None] & e_inside[None, :]
     A2 = gl.load(A + e[None, :] * N_STATE + n[:, None], mask=inside, other=0.0).to(gl.float32) * LOG2_E
@@ -411,6 +516,41 @@ def carry_kernel(A, carried, delta_sums, begin, entering, channels, N_STATE, seg
         h = gl.exp2(total[None, :] * A2) * h + added
 
 
+# ---- Sums over programs ------------------------------------------------------------------------------------
+
+
+@jit
+def sum_weights_kernel(weight_sums, dA, dD, dbias, programs, channels, N_STATE, ROWS: constexpr,
+                       COLUMNS: constexpr, TILE: constexpr):
+    """∂A (e, n), ∂D and ∂Δ bias, from those of each program, (programs, n + 2, e); each sum in one order."""
+    column = gl.program_id(0) * COLUMNS + arange(COLUMNS, along(TILE, 0))
+    row = arange(ROWS, along(TILE, 1))
+    width = (N_STATE + 2) * channels
+    total = (row[:, None] * column[None, :] * 0).to(gl.float32)
+    for first in range(0, programs, ROWS):
+        inside = (row < programs - first)[:, None] & (column < width)[None, :]
+        at = weight_sums + (gl.program_id(0) * 0 + first).to(gl.int64) * width
+        total += gl.load(at + row[:, None] * width + column[None, :], mask=inside, other=0.0)
+    total = gl.sum(total, axis=0)
+    n, e = column // channels, column % channels
+    gl.store(dA + e * N_STATE + n, total, mask=n < N_STATE)
+    gl.store(dD + e, total, mask=n == N_STATE)
+    gl.store(dbias + e, total, mask=n == N_STATE + 1)
+
+
+@jit
+def sum_projected_kernel(projected_sums, dB, dC, blocks, size, COLUMNS: constexpr, TILE: constexpr):
+    """∂B and ∂C from those of each channel block, (blocks, 2, size)."""
+    column = gl.program_id(0).to(gl.int64) * COLUMNS + arange(COLUMNS, TILE)
+    inside = column < 2 * size
+    total = (column * 0).to(gl.float32)
+    for _ in range(blocks):
+        total += gl.load(projected_sums + column, mask=inside, other=0.0)
+        projected_sums += 2 * size
+    gl.store(dB + column, total.to(dB.dtype.element_ty), mask=column < size)
+    gl.store(dC + column - size, total.to(dC.dtype.element_ty), mask=inside & (column >= size))
+
+
 # ---- Launches ----------------------------------------------------------------------------------------------
 
 
@@ -424,8 +564,8 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     out = torch.empty(b, l, e, device=u.device, dtype=u.dtype)
     last_state = torch.empty(b, n, e, device=u.device)
     checkpoints = torch.empty(b, (l - 1) // CHUNK if save else 0, n, e, device=u.device)
-    strides, align = _strides(u, delta, B, C, z)
-    plan = _plan(b, l, e, backward=False)
+    strides = _strides(u, delta, B, C, z)
+    plan = _plan(b, l, e, n, backward=False)
     segments = triton.cdiv(l, plan.segment)
     entering = u
     if segments > 1:
@@ -433,9 +573,9 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     forward_kernel[(triton.cdiv(e, plan.block), b * segments)](
         u, delta, A, B, C, A if D is None else D, u if z is None else z,
         A if delta_bias is None else delta_bias, entering, out, last_state, checkpoints,
-        *strides, l, e, n, plan.segment, segments, align,
+        *strides, l, e, n, plan.segment, segments,
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-        SAVE=save, SEGMENTED=segments > 1, CHUNK=CHUNK, UNROLL=UNROLL, **plan.arguments(n))
+        SAVE=save, SEGMENTED=segments > 1, CHUNK=CHUNK, GROUP=GROUP, **plan.arguments(n))
     return out, last_state, checkpoints
 
 
@@ -447,8 +587,8 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
     n = A.shape[1]
     dout, u, delta, B, C, z = map(_rows, (dout, u, delta, B, C, z))
     A, D, delta_bias = map(_contiguous, (A, D, delta_bias))
-    strides, align = _strides(u, delta, B, C, z)
-    plan = _plan(b, l, e, backward=True)
+    strides = _strides(u, delta, B, C, z)
+    plan = _plan(b, l, e, n, backward=True)
     segments, blocks = triton.cdiv(l, plan.segment), triton.cdiv(e, plan.block)
 
     leaving = None if dlast_state is None else dlast_state.float().contiguous()
@@ -460,17 +600,26 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
 
     du, ddelta = empty(b, l, e, dtype=u.dtype), empty(b, l, e, dtype=delta.dtype)
     dz = None if z is None else empty(b, l, e, dtype=z.dtype)
-    dA, dD, dbias = empty(b * segments, n, e), empty(b * segments, e), empty(b * segments, e)
-    dB, dC = empty(blocks, b, l, n), empty(blocks, b, l, n)
+    # What each program has of ∂A, ∂D and ∂Δ bias, and each channel block of ∂B and ∂C.
+    weight_sums, projected_sums = empty(b * segments, n + 2, e), empty(blocks, 2, b, l, n)
     backward_kernel[(blocks, b * segments)](
         u, delta, A, B, C, A if D is None else D, u if z is None else z,
         A if delta_bias is None else delta_bias, checkpoints, dout, u if leaving is None else leaving,
-        du, ddelta, dA, dB, dC, dD, du if dz is None else dz, dbias,
-        *strides, *dout.stride()[:2], l, e, n, plan.segment, segments, b, align,
+        du, ddelta, du if dz is None else dz, weight_sums, projected_sums,
+        *strides, *dout.stride()[:2], l, e, n, plan.segment, segments, b,
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-        HAS_LEAVING=leaving is not None, CHUNK=CHUNK, KEPT=KEPT, **plan.arguments(n))
-    return (du, ddelta, dA.sum(0).T, dB.sum(0), dC.sum(0), None if D is None else dD.sum(0), dz,
-            None if delta_bias is None else dbias.sum(0))
+        HAS_LEAVING=leaving is not None, CHUNK=CHUNK, GROUP=GROUP, **plan.arguments(n))
+    dA, dD, dbias = empty(e, n), empty(e), empty(e)
+    dB, dC = empty(b, l, n, dtype=B.dtype), empty(b, l, n, dtype=C.dtype)
+    rows, columns = 32, 32
+    sum_weights_kernel[(triton.cdiv((n + 2) * e, columns),)](
+        weight_sums, dA, dD, dbias, b * segments, e, n, ROWS=rows, COLUMNS=columns,
+        TILE=None if INTERPRETED else gl.BlockedLayout([8, 1], [1, 32], [4, 1], [1, 0]), num_warps=4)
+    columns = 256
+    sum_projected_kernel[(triton.cdiv(2 * b * l * n, columns),)](
+        projected_sums, dB, dC, blocks, b * l * n, COLUMNS=columns,
+        TILE=None if INTERPRETED else gl.BlockedLayout([2], [32], [4], [0]), num_warps=4)
+    return (du, ddelta, dA, dB, dC, None if D is None else dD, dz, None if delta_bias is None else dbias)
 
 
 def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_softplus: bool, plan: Plan,
@@ -479,14 +628,14 @@ def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_s
     b, l, e = u.shape
     n = A.shape[1]
     segments = triton.cdiv(l, plan.segment)
-    strides, align = _strides(u, delta, B, C, z)
+    strides = _strides(u, delta, B, C, z)
     carried, entering = torch.empty(2, b, segments, n, e, device=u.device)
     delta_sums = torch.empty(b, segments, e, device=u.device)
     segment_kernel[(triton.cdiv(e, plan.block), b * segments)](
         u, delta, A, B, C, u if z is None else z, A if delta_bias is None else delta_bias, dout, carried,
-        delta_sums, *strides, *dout.stride()[:2], l, e, n, plan.segment, segments, align,
+        delta_sums, *strides, *dout.stride()[:2], l, e, n, plan.segment, segments,
         HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, REVERSE=reverse,
-        UNROLL=UNROLL, **plan.arguments(n))
+        GROUP=GROUP, **plan.arguments(n))
     carry_kernel[(triton.cdiv(e, plan.block), b)](
         A, carried, delta_sums, carried if begin is None else begin, entering, e, n, segments,
         HAS_BEGIN=begin is not None, REVERSE=reverse, **plan.arguments(n))
@@ -502,15 +651,11 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _strides(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> tuple[list[int], int]:
-    """Strides over batch and time of each; those of B and C in units of the second result.
+def _strides(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> list[int]:
+    """Strides over batch and time of each.
 
-    A unit of 4 tells the compiler that a row of B is aligned, which its specialisation on multiples of 16
-    misses for a slice of x_proj's output: one load then brings four states.
+    Those over time are constants of the kernels: an address is then one register and a number in the
+    instruction, and the compiler sees how a slice of x_proj's output is aligned.
     """
-    def of(tensor: Tensor | None) -> tuple[int, int]:
-        return (0, 0) if tensor is None else tensor.stride()[:2]
-
-    projected = [*of(B), *of(C)]
-    align = 4 if all(stride % 4 == 0 for stride in projected) else 1
-    return [*of(u), *of(delta), *(stride // align for stride in projected), *of(z)], align
+    return [stride for tensor in (u, delta, B, C, z) for stride in
+            ((0, 0) if tensor is None else tensor.stride()[:2])]
