@@ -33,6 +33,7 @@ DPI = 150
 MARGIN = 0.14  # inches
 INK, MUTED, FAINT, PALE = "#22272e", "#6b7480", "#c9ced6", "#eef1f4"
 RIGHT, WRONG = "#2a6496", "#c2410c"  # blue and burnt orange: apart for every common colour blindness
+SERIES = ("#2a6496", "#c2410c", "#9a7209", "#5b4b8a", "#4d7c4d")
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#fff4ea", "#fdba80", "#e8702a", "#8f2d0a"])
 
 styled = matplotlib.rc_context({
@@ -248,6 +249,34 @@ def performance(numbers: Sequence[tuple[str, str]], throughput: dict[int, float]
     right.tick_params(length=0)
     seaborn.despine(ax=right, left=True)
     _title(figure, "Performance", subtitle)
+    return figure
+
+
+@styled
+def growth(curves: dict[str, Sequence[tuple[float, float]]], title: str, subtitle: str, x: str,
+           y: str) -> Figure:
+    """Lines through (x, y) points on two logarithmic axes: {name: points}; each is named where it ends.
+
+    Names that share the part before a comma share a colour, and a marker tells them apart.
+    """
+    figure = _figure(8, 5)
+    axes = figure.subplots()
+    families = list(dict.fromkeys(name.partition(",")[0] for name in curves))
+    seen: dict[str, int] = {}
+    for name, points in curves.items():
+        family = name.partition(",")[0]
+        variant = seen[family] = seen.get(family, -1) + 1
+        axes.plot(*zip(*sorted(points), strict=True), label=name, linewidth=1.6, markersize=5,
+                  color=SERIES[families.index(family) % len(SERIES)], marker="os^D"[variant % 4],
+                  linestyle=("-", (0, (4, 2)), ":")[variant % 3])
+    axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
+    ticks = sorted({point[0] for points in curves.values() for point in points})
+    axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.grid(color=PALE)
+    axes.legend(frameon=False, loc="upper left", fontsize=8.5)
+    seaborn.despine(ax=axes)
+    _title(figure, title, subtitle)
     return figure
 
 

@@ -91,7 +91,28 @@ def scan_on_cuda() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"training": training, "scan-cpu": scan_on_cpu, "scan-cuda": scan_on_cuda}
+def architectures() -> str:
+    """Time and memory of a training step: a row for each network, a column for each length."""
+    found = result("compare_architectures_cuda")
+    sizes = sorted({(row["tokens"], row["batch"]) for row in found["rows"]})
+    lines = [f"On {machine(found['machine'])}; {found['depth']} layers, width {found['width']}, "
+             f"{found['precision']}. Tokens × batch; forward and backward, ms / peak MiB.", "",
+             "| | parameters | " + " | ".join(f"{tokens} × {batch}" for tokens, batch in sizes)
+             + " | exponent |", "|---" * (len(sizes) + 3) + "|"]
+    for network, variant in dict.fromkeys((row["network"], row["variant"]) for row in found["rows"]):
+        name = f"{network}, {variant}"
+        cells = {(row["tokens"], row["batch"]): "–" if row["median_ms"] is None else
+                 f"{row['median_ms']:.3g} / {row['peak_mib']:.0f}" for row in found["rows"]
+                 if (row["network"], row["variant"]) == (network, variant)}
+        exponent = found["exponents"].get(name)
+        lines.append(f"| {name} | {found['parameters'][network]:,} | "
+                     + " | ".join(cells.get(size, "–") for size in sizes)
+                     + f" | {'–' if exponent is None else f'{exponent:.2f}'} |")
+    return "\n".join(lines)
+
+
+TABLES = {"training": training, "scan-cpu": scan_on_cpu, "scan-cuda": scan_on_cuda,
+          "architectures": architectures}
 
 if __name__ == "__main__":
     run_script(main)

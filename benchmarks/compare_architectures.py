@@ -1,0 +1,383 @@
+"""Blocks of VisionMamba2 against a Transformer's and an LSTM's: time and memory of a training step by length.
+
+    python benchmarks/compare_architectures.py
+    python benchmarks/compare_architectures.py --sizes 196x64 784x64 --networks mamba transformer
+
+Four layers of width 128 without stem and head, forward and backward, the gradients of input and weights.
+All networks have as many parameters as ours within 5%, which makes the Transformer's MLPs narrow;
+`transformer-4x` is the usual one with MLPs four times as wide as the tokens, and has more.
+
+On CUDA: matrix products in bfloat16, each step captured in a CUDA graph, as it is and under torch.compile;
+attention by PyTorch's flash kernel, looked for by name among the kernels that ran; cuDNN's LSTM with bfloat16
+weights, because autocast would make it float16. On a CPU: float32, smaller sizes, nothing compiled. Memory is
+the most that PyTorch held during a step beyond weights and input.
+
+Whatever fails is recorded with its reason, and the rest goes on. results/compare_architectures_DEVICE.json is
+written after every size; the plots lie beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler tells each start and stop
+import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import figures
+from baselines import TransformerBlock, matched_size
+from benchmarks import timing
+from errors import ArgumentParser, UserError, run_script
+from mamba_ssm_simple import MambaBlock
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPTH, WIDTH = 4, 128
+SIZES = {  # tokens × batch
+    "cuda": ["49x64", "196x64", "784x64", "3136x16", "12544x4", "50176x1"],
+    "cpu": ["49x16", "196x16", "784x4", "3136x1"],
+}
+FIT_FROM = 784  # tokens: shorter sequences do not fill the device, and say nothing of how time grows
+PLAIN, CAPTURED, COMPILED = "plain", "captured", "compiled, captured"
+
+
+class Size(NamedTuple):
+    tokens: int  # a square, because our blocks read a grid in four directions
+    batch: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens}x{self.batch}"
+
+
+class Row(NamedTuple):
+    """One network at one size; where it failed, the times are None and `error` says why."""
+    network: str
+    variant: str
+    tokens: int
+    batch: int
+    median_ms: float | None = None
+    spread: float | None = None          # (slowest − fastest) / median
+    peak_mib: float | None = None
+    samples_ms: list[float] | None = None
+    error: str | None = None
+
+
+# ---- The networks -----------------------------------------------------------------------------------------
+
+
+def mamba() -> nn.Module:
+    return nn.Sequential(*(MambaBlock(WIDTH, "cross", index) for index in range(DEPTH)))
+
+
+def transformer(mlp_width: int) -> nn.Module:
+    return nn.Sequential(*(TransformerBlock(WIDTH, mlp_width) for _ in range(DEPTH)))
+
+
+def lstm(hidden_size: int) -> nn.Module:
+    return nn.LSTM(WIDTH, hidden_size, DEPTH, batch_first=True)
+
+
+def builders() -> dict[str, Callable[[], nn.Module]]:
+    """How to make each network."""
+    ours = count(mamba())
+    hidden, narrow = matched_size(lstm, ours), matched_size(transformer, ours)
+    return {"mamba": mamba, "transformer": lambda: transformer(narrow),
+            "transformer-4x": lambda: transformer(4 * WIDTH), "lstm": lambda: lstm(hidden)}
+
+
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ---- One step ---------------------------------------------------------------------------------------------
+
+
+class Step:
+    """Forward and backward of a network on one fixed input; calling it returns every gradient."""
+
+    def __init__(self, network: str, module: nn.Module, size: Size, device: torch.device) -> None:
+        self.network, self.module, self.device = network, module.to(device).train(), device
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        if network == "lstm":
+            module.to(dtype)
+        side = round(size.tokens**0.5)
+        grid = (side, side) if network == "mamba" else (size.tokens,)
+        generator = torch.Generator(device).manual_seed(0)
+        self.x = torch.randn(size.batch, *grid, WIDTH, device=device, dtype=dtype, generator=generator)
+        self.x.requires_grad_()
+        with torch.no_grad():
+            self.dy = torch.randn_like(self.forward())
+
+    def forward(self) -> Tensor:
+        flash = self.network.startswith("transformer") and self.device.type == "cuda"
+        autocast = self.device.type == "cuda" and self.network != "lstm"
+        with (sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext(),
+              torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)):
+            y = self.module(self.x)
+        return y[0] if isinstance(y, tuple) else y
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(self.forward(), [self.x, *self.module.parameters()], self.dy)
+
+
+def check_finite(step: Step) -> None:
+    if not all(torch.isfinite(gradient).all() for gradient in step()):
+        raise ValueError("a gradient is NaN or infinite")
+
+
+def capture(step: Step) -> Callable[[], None]:
+    """The step as a CUDA graph; call what is returned to run it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # whatever is made at the first call is made outside of the graph
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def peak_mib(step: Step) -> float:
+    """MiB that PyTorch's allocators held at most during a step, beyond what they held before."""
+    step()
+    gc.collect()
+    if step.device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profiler:
+        gradients = step()  # noqa: F841  (held, so that their end is not in the profile)
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events()
+               if event.name() == "[memory]"]
+    return float(np.cumsum(changes).max(initial=0)) / 2**20
+
+
+def attention_kernels(step: Step) -> list[str]:
+    """Names of the kernels that did the attention of a step. Raises ValueError where none is flash's."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    names = {event.name[:120] for event in profiler.events()}
+    found = sorted(name for name in names if any(
+        word in name.lower() for word in ("flash", "fmha", "sdpa", "attention", "softmax")))
+    if not any("flash" in name.lower() for name in found):
+        raise ValueError(f"attention was not done by the flash kernel, but by {found or sorted(names)[:5]}")
+    return found
+
+
+# ---- All of them ------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("PyTorch finds no CUDA device; use --device cpu, or install PyTorch for CUDA")
+    torch.set_float32_matmul_precision("high")
+    output = getattr(arguments, "output", ROOT / "results" / f"compare_architectures_{device.type}.json")
+    makers = {name: make for name, make in builders().items() if name in arguments.networks}
+    result = {"machine": timing.machine(device), "depth": DEPTH, "width": WIDTH,
+              "precision": "bfloat16" if device.type == "cuda" else "float32",
+              "parameters": {name: count(make()) for name, make in makers.items()},
+              "repeats": arguments.repeats, "rows": [], "exponents": {}, "attention": {}}
+    sizes = getattr(arguments, "sizes", [parse_size(text) for text in SIZES[device.type]])
+    if arguments.merge and output.exists():
+        merge(result, json.loads(output.read_text(encoding="utf-8")), sizes)
+    print(f"{timing.machine_line(device)}\n{DEPTH} layers, width {WIDTH}, parameters: "
+          + ", ".join(f"{name} {number:,}" for name, number in result["parameters"].items()))
+    for size in sizes:
+        measured = measure(makers, size, device, arguments.repeats, not arguments.no_compile)
+        show(measured)
+        result["rows"] = sorted(result["rows"] + [row._asdict() for row in measured],
+                                key=lambda row: row["tokens"])
+        result["exponents"] = exponents(result["rows"])
+        write(result, output)
+    if device.type == "cuda":
+        result["attention"] |= check_attention(makers, sizes[-1], device, not arguments.no_compile)
+        write(result, output)
+    for name, exponent in result["exponents"].items():
+        print(f"time of one sequence grows with length to the power of {exponent:.3f}: {name}")
+    print(f"written to {output} and, as plots, to {', '.join(plot.name for plot in draw(result, output))}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser("Time and memory of a training step by length: Mamba, Transformer, LSTM.")
+    parser.add_argument("--device", choices=tuple(SIZES), help="where they run",
+                        default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", nargs="+", type=parse_size, metavar="TOKENSxBATCH",
+                        default=argparse.SUPPRESS,
+                        help="such as 784x64; tokens a square (default: those of the device)")
+    parser.add_argument("--networks", nargs="+", choices=tuple(builders()), default=tuple(builders()),
+                        help="which to measure")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--merge", action="store_true",
+                        help="keep what the JSON file has of other sizes, measured on the same machine")
+    parser.add_argument("--repeats", type=int, default=7,
+                        help="samples of each time, of which the median counts")
+    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS,
+                        help="the JSON file (default: results/compare_architectures_DEVICE.json)")
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error(f"--repeats must be at least 1, but is {arguments.repeats}")
+    return arguments
+
+
+def parse_size(text: str) -> Size:
+    try:
+        tokens, batch = map(int, text.split("x"))
+    except ValueError:
+        tokens = batch = 0
+    if tokens < 1 or batch < 1 or round(tokens**0.5) ** 2 != tokens:
+        raise argparse.ArgumentTypeError("must be TOKENSxBATCH with a square number of tokens, "
+                                         f"but is {text!r}")
+    return Size(tokens, batch)
+
+
+def merge(result: dict, older: dict, sizes: list[Size]) -> None:
+    """Take over the rows of other sizes. Raises UserError for another machine."""
+    for key in ("cpu", "gpu", "torch"):
+        if older["machine"].get(key) != result["machine"].get(key):
+            raise UserError(f"the older file was measured with another {key}; leave out --merge")
+    again = {(size.tokens, size.batch) for size in sizes}
+    result["rows"] = [row for row in older["rows"] if (row["tokens"], row["batch"]) not in again]
+    for key in ("parameters", "attention"):
+        result[key] = older[key] | result[key]
+
+
+def measure(makers: dict[str, Callable[[], nn.Module]], size: Size, device: torch.device, repeats: int,
+            with_compile: bool) -> list[Row]:
+    """Every network and variant at one size, timed in turn."""
+    torch._dynamo.reset()  # or the ninth size would be too many for torch.compile
+    rows, functions = {}, {}
+    for network, make in makers.items():
+        for variant in variants(network, device, with_compile):
+            row = Row(network, variant, *size)
+            try:
+                step = make_step(network, make, variant, size, device)
+                check_finite(step)
+                row = row._replace(peak_mib=peak_mib(step))
+                function = step if variant == PLAIN else capture(step)
+                timing.interleave({label(row): function}, 1, device)  # alone first: it may still fail
+                functions[label(row)] = function
+            except Exception as error:  # a compiler, a kernel, the memory: the others go on
+                row = row._replace(error=reason(error))
+                if device.type == "cuda":
+                    with contextlib.suppress(RuntimeError):
+                        torch.cuda.synchronize()
+                        torch.cuda.empty_cache()
+            rows[label(row)] = row
+    for name, samples in timing.interleave(functions, repeats, device).items():
+        milliseconds = [1000 * sample for sample in samples]
+        rows[name] = rows[name]._replace(median_ms=timing.median(milliseconds), spread=timing.spread(samples),
+                                         samples_ms=milliseconds)
+    return list(rows.values())
+
+
+def make_step(network: str, make: Callable[[], nn.Module], variant: str, size: Size,
+              device: torch.device) -> Step:
+    torch.manual_seed(0)
+    module = torch.compile(make(), dynamic=False) if variant == COMPILED else make()
+    return Step(network, module, size, device)
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def check_attention(makers: dict[str, Callable[[], nn.Module]], size: Size, device: torch.device,
+                    with_compile: bool) -> dict[str, list[str] | str]:
+    """The kernels of each Transformer's attention, or why they are not known.
+
+    After all times, because a profiler that was on once may slow down what comes later.
+    """
+    found: dict[str, list[str] | str] = {}
+    for network in (name for name in makers if name.startswith("transformer")):
+        for variant in variants(network, device, with_compile):
+            name = label(Row(network, variant, *size))
+            try:
+                found[name] = attention_kernels(make_step(network, makers[network], variant, size, device))
+            except Exception as error:  # no profiler on this machine, or not the kernel that was asked for
+                found[name] = reason(error)
+            print(f"attention of {name}: {found[name]}")
+    return found
+
+
+def variants(network: str, device: torch.device, with_compile: bool) -> list[str]:
+    if device.type != "cuda":
+        return [PLAIN]
+    return [CAPTURED, COMPILED] if with_compile and network != "lstm" else [CAPTURED]
+
+
+def label(row: Row | dict) -> str:
+    fields = row._asdict() if isinstance(row, Row) else row
+    return fields["network"] if fields["variant"] == PLAIN else f"{fields['network']}, {fields['variant']}"
+
+
+def exponents(rows: list[dict]) -> dict[str, float]:
+    """The power of the length with which the time of one sequence grows, fitted from FIT_FROM tokens on."""
+    found = {}
+    for name in dict.fromkeys(label(row) for row in rows):
+        points = [(row["tokens"], row["median_ms"] / row["batch"]) for row in rows
+                  if label(row) == name and row["tokens"] >= FIT_FROM and row["median_ms"]]
+        if len(points) > 1:
+            found[name] = float(np.polyfit(*np.log(np.array(points)).T, 1)[0])
+    return found
+
+
+# ---- What comes out ---------------------------------------------------------------------------------------
+
+
+def show(rows: list[Row]) -> None:
+    print(f"\n{rows[0].tokens} tokens × {rows[0].batch}")
+    for row in rows:
+        time = "" if row.median_ms is None else f"{row.median_ms:10.3f} ms{100 * row.spread:7.1f}%"
+        memory = "" if row.peak_mib is None else f"{row.peak_mib:10.1f} MiB"
+        print(f"  {label(row):<40}{time}{memory}{'  ' + row.error if row.error else ''}", flush=True)
+
+
+def write(result: dict, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def draw(result: dict, output: Path) -> list[Path]:
+    """The two plots, of what one sequence costs by its length."""
+    machine = result["machine"]
+    subtitle = (f"forward and backward of {DEPTH} layers, width {WIDTH}, {result['precision']}\n"
+                f"{machine.get('gpu') or machine['cpu']}, PyTorch {machine['torch']}")
+    plots = []
+    for key, title, unit in (("median_ms", "Time of a training step for one sequence", "ms"),
+                             ("peak_mib", "Memory of a training step for one sequence", "MiB")):
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for row in result["rows"]:
+            if row[key]:
+                curves.setdefault(label(row), []).append((row["tokens"], row[key] / row["batch"]))
+        if curves:
+            plots.append(output.with_name(f"{output.stem}_{'time' if unit == 'ms' else 'memory'}.png"))
+            figures.save(figures.growth(curves, title, subtitle, "tokens", unit), plots[-1])
+    return plots
+
+
+if __name__ == "__main__":
+    run_script(main)
