@@ -1,12 +1,15 @@
-"""Show what a trained Vision Mamba can do: pictures, numbers, a prompt.
+"""Show what a trained Vision Mamba can do: pictures, numbers, a page to draw on.
 
     python demo_mamba.py                                  the newest checkpoint on its test set
+    python demo_mamba.py --report                         the same in one HTML file
+    python demo_mamba.py --explain                        what the scan selects and remembers
+    python demo_mamba.py --serve                          a page to draw digits on
     python demo_mamba.py --image four.png photo.jpg       your own pictures
     python demo_mamba.py --interactive                    ask it, one image at a time
+    python demo_mamba.py --export model.onnx              for ONNX Runtime
 
-Everything is written into RUNS_DIR/<run name>/demo and listed at the end. Of the first command:
-confusion.png, predictions.png, mistakes.png, class_scores.png, performance.png, performance.txt and
-report.json; of the second, image-<name>.png for each picture.
+Pictures and numbers are written into RUNS_DIR/<run name>/demo and listed at the end, the report to
+RUNS_DIR/<run name>/report.html.
 """
 
 from __future__ import annotations
@@ -27,7 +30,13 @@ from sklearn.metrics import precision_recall_fscore_support
 
 import checkpoint
 import evaluate
+import explain
+import export
 import figures
+import report
+import robustness
+import scan_figures
+import serve
 from pictures import prepare_picture
 from prompt import converse
 from trained import TrainedModel
@@ -35,8 +44,8 @@ from trained import TrainedModel
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(
-        description="Show what a trained Vision Mamba can do: pictures, numbers, a prompt.",
-        epilog="Without --image and --interactive the model is tested on its dataset's test set.")
+        description="Show what a trained Vision Mamba can do: pictures, numbers, a page to draw on.",
+        epilog="Without a flag that says what to show, the model is tested on its dataset's test set.")
     parser.add_argument("--checkpoint", type=Path, metavar="PATH", default=argparse.SUPPRESS,
                         help="the trained model (default: the newest in --checkpoints-dir)")
     parser.add_argument("--checkpoints-dir", type=Path, metavar="DIR", default=Path("checkpoints"),
@@ -52,8 +61,25 @@ def parse_arguments() -> argparse.Namespace:
                              "or colour, dark on light or light on dark (default: none)")
     parser.add_argument("--interactive", action="store_true",
                         help="ask for test image numbers and picture files, and answer in the terminal")
+    parser.add_argument("--explain", action="store_true",
+                        help="draw where the scan writes and how far its state remembers, for a digit of "
+                             "each class, and animate the state")
+    parser.add_argument("--report", action="store_true",
+                        help="test and explain, all of it in one file, RUNS_DIR/<run name>/report.html")
+    parser.add_argument("--serve", action="store_true",
+                        help="a page to draw digits on, in your browser; needs requirements-demo.txt")
+    parser.add_argument("--port", type=port_number, default=7860, help="of the page")
+    parser.add_argument("--export", type=Path, metavar="FILE", default=argparse.SUPPRESS,
+                        help="write the classifier as FILE.onnx and compare it with PyTorch; needs "
+                             "requirements-demo.txt (default: none)")
     parser.add_argument("--no-show", action="store_true", help="open no windows, only write the files")
     return parser.parse_args()
+
+
+def port_number(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, but is {text!r}")
+    return int(text)
 
 
 def main() -> None:
@@ -62,23 +88,36 @@ def main() -> None:
     device = evaluate.pick_device(arguments.device)
     path = getattr(arguments, "checkpoint", None) or checkpoint.newest(arguments.checkpoints_dir)
     demo = TrainedModel(path, device, arguments.runs_dir, arguments.data_dir)
+    # Whatever cannot work is told before anything is written.
+    if "export" in arguments:
+        export.check(arguments.export)
+    if arguments.explain and not explain.has_scan(demo.model):
+        raise UserError(f"--explain needs a mamba model, but {path} holds a {demo.architecture}")
 
     written = []
+    if "export" in arguments:
+        print("\n".join(export.export(demo, arguments.export)))
     if "image" in arguments:
         written += classify_pictures(demo, arguments.image)
-    elif not arguments.interactive:
-        written += test(demo)
-    if written and not arguments.no_show:
+    if arguments.report:
+        written += write_report(demo)
+    elif arguments.explain:
+        written += explain_digits(demo, animated=True)
+    if not (written or "export" in arguments or arguments.interactive or arguments.serve):
+        written += test(demo)[0]
+    if written and not arguments.no_show and not arguments.serve:
         show([path for path in written if path.suffix == ".png"])
     if arguments.interactive:
         converse(demo)
+    if arguments.serve:
+        serve.serve(demo, arguments.port, browser=not arguments.no_show)
 
 
 # -------------------------------------------------------------------------------------------- the test set
 
 
-def test(demo: TrainedModel) -> list[Path]:
-    """Test the model, measure it, print a summary; returns the files written."""
+def test(demo: TrainedModel, animated: bool = False) -> tuple[list[Path], dict]:
+    """Test the model, measure it, print a summary; returns the files written and what report.json holds."""
     images, labels = demo.dataset.test
     probabilities = evaluate.predict(demo.model, demo.dataset.test, demo.dataset, demo.device).numpy()
     costs = evaluate.measure(demo.model, demo.shape, demo.device)
@@ -87,7 +126,7 @@ def test(demo: TrainedModel) -> list[Path]:
     scores = precision_recall_fscore_support(labels, predicted, labels=range(len(demo.classes)),
                                              zero_division=0)
 
-    report = {
+    found = {
         "checkpoint": str(demo.path),
         "run_name": demo.run_name,
         "architecture": demo.architecture,
@@ -101,20 +140,23 @@ def test(demo: TrainedModel) -> list[Path]:
                            "images": int(images)}
                     for name, precision, recall, f1, images in zip(demo.classes, *scores, strict=True)},
         "performance": costs,
+        "calibration_error": figures.calibration(labels, probabilities)[3],
+        "robustness": robustness.measure(demo.model, demo.dataset.test, demo.dataset, demo.device,
+                                         ROBUSTNESS_IMAGES),
     }
     numbers = performance_lines(costs)
-    title = f"{demo.run_name} on {report['device']}, float32"
+    title = f"{demo.run_name} on {found['device']}, float32"
     performance = "\n".join([f"{title}, PyTorch {torch.__version__}", "",
                              *(f"{name:<32}{value:>20}" for name, value in numbers), "", PERFORMANCE_NOTES])
 
     accuracy = f"{100 * right / len(labels):.2f}% ({right:,} of {len(labels):,} {demo.dataset_name} images)"
     summary = [
         f"test accuracy {accuracy}",
-        f"{demo.path} ({demo.architecture}, epoch {demo.epoch}) on {report['device']}",
+        f"{demo.path} ({demo.architecture}, epoch {demo.epoch}) on {found['device']}",
         "",
         f"{'class':<12}{'precision':>10}{'recall':>10}{'F1':>10}{'images':>10}",
         *(f"{name:<12}{100 * row['precision']:>10.2f}{100 * row['recall']:>10.2f}{100 * row['f1']:>10.2f}"
-          f"{row['images']:>10,}" for name, row in report["classes"].items()),
+          f"{row['images']:>10,}" for name, row in found["classes"].items()),
         "",
         *(f"{name:<32}{value:>20}" for name, value in numbers),
     ]
@@ -125,16 +167,23 @@ def test(demo: TrainedModel) -> list[Path]:
         "confusion.png": figures.confusion(labels, predicted, demo.classes),
         "predictions.png": figures.predictions(images, labels, probabilities, demo.classes),
         "mistakes.png": figures.mistakes(images, labels, probabilities, demo.classes),
+        "hardest.png": figures.hardest(images, labels, probabilities, demo.classes),
+        "reliability.png": figures.reliability(labels, probabilities),
+        "robustness.png": figures.robustness(found["robustness"], robustness.examples(images[:1])),
         "class_scores.png": figures.class_scores(labels, predicted, demo.classes),
         "performance.png": figures.performance(shown, costs["images_per_second"], title),
     }
     for name, figure in pictures.items():
         figures.save(figure, folder / name)
     write_text(folder / "performance.txt", performance)
-    write_text(folder / "report.json", json.dumps(report, indent=2))
-    return list_written(folder, [*pictures, "performance.txt", "report.json"])
+    write_text(folder / "report.json", json.dumps(found, indent=2))
+    written = list_written(folder, [*pictures, "performance.txt", "report.json"])
+    if explain.has_scan(demo.model):
+        written += explain_digits(demo, animated)
+    return written, found
 
 
+ROBUSTNESS_IMAGES = 500  # of the test set; times 24 ways of spoiling them
 PERFORMANCE_NOTES = """\
 Multiply-adds: matrix products, convolutions and 3 for each token, channel and state of the selective
 scan; elementwise operations (normalisation, activations, exponentials) are not counted.
@@ -154,6 +203,58 @@ def performance_lines(costs: dict) -> list[tuple[str, str]]:
         lines.append((f"peak memory, {costs['peak_memory_of']}", f"{costs['peak_memory_mib']:,.0f} MiB"))
     return lines + [(f"images/s, batch {batch:,}", f"{rate:,.0f}")
                     for batch, rate in costs["images_per_second"].items()]
+
+
+# ------------------------------------------------------------------------------------ what the scan does
+
+
+def explain_digits(demo: TrainedModel, animated: bool) -> list[Path]:
+    """Draw what the scan selects and remembers for a test image of each class; returns the files written."""
+    chosen = explain.one_of_each_class(demo.dataset.test.labels)
+    images = demo.dataset.test.images[chosen]
+    scans = explain.record(demo.model, demo.normalize(images))
+    pictures = explain.draw(images, scans)
+    for name, figure in pictures.items():
+        figures.save(figure, demo.folder / name)
+    names = list(pictures)
+    if animated:
+        frames = explain.animate(images, scans, len(images) // 3)
+        scan_figures.save_animation(frames, demo.folder / "state.gif")
+        names.append("state.gif")
+    return list_written(demo.folder, names)
+
+
+def write_report(demo: TrainedModel) -> list[Path]:
+    """Test and explain, and write all of it into one HTML file; returns the files written."""
+    written, found = test(demo, animated=True)
+    numbers = [("test accuracy", f"{100 * found['test']['accuracy']:.2f}% ({found['test']['right']:,} of "
+                                 f"{found['test']['images']:,})"),
+               ("expected calibration error", f"{100 * found['calibration_error']:.2f}%"),
+               *performance_lines(found["performance"])]
+    there = {path.name: path for path in written}
+    sections = [(heading, text, [there[name] for name in names if name in there])
+                for heading, text, names in REPORT]
+    path = demo.folder.parent / "report.html"
+    report.write(path, f"{demo.run_name}: what it can do",
+                 f"{demo.path.name} ({demo.architecture}, epoch {demo.epoch}), tested on "
+                 f"{demo.dataset_name}; {found['device']}, PyTorch {found['torch']}", numbers,
+                 [section for section in sections if section[2]])
+    print(f"  {path}")
+    return written
+
+
+REPORT = (
+    ("Confusions", "What is taken for what, and how well each class does.",
+     ("confusion.png", "class_scores.png")),
+    ("Predictions and mistakes", "The first test images, the most confident mistakes, and the closest calls.",
+     ("predictions.png", "mistakes.png", "hardest.png")),
+    ("Confidence", "Whether the model is right as often as it is sure.", ("reliability.png",)),
+    ("When it breaks", "The same model on images that it was not trained for.", ("robustness.png",)),
+    ("Where the scan looks", "Δ is how much a token writes into the state, and how much of what was there it "
+     "lets go. The share of each token in the last state follows from Δ, A and B.",
+     ("delta.png", "memory.png", "memory_reach.png", "state.gif")),
+    ("What it costs", "Measured on this machine; see performance.txt for how.", ("performance.png",)),
+)
 
 
 # ------------------------------------------------------------------------------------------- your pictures

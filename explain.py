@@ -151,6 +151,11 @@ def one_of_each_class(labels: Tensor, classes: int = 10) -> Tensor:
     return torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:classes]]).cpu()
 
 
+def has_scan(model: nn.Module) -> bool:
+    """Whether `record` finds anything in `model`."""
+    return any(isinstance(module, MambaBlock) for module in model.modules())
+
+
 def draw(images: Tensor, scans: list[Scan]) -> dict[str, Figure]:
     """The pictures of `scans`, recorded on `images` (b, C, H, W) uint8, by the names of their files."""
     shares = [scan.shares() for scan in scans]

@@ -1,7 +1,8 @@
 """The trained classifier as an ONNX file, checked against PyTorch before it is kept.
 
-How the selective scan is written in ONNX is in `onnx_scan.py`. The file also holds the normalisation: its input is `images`, float32
-(batch, C, H, W) in [0, 1], any batch; its output is `logits`, float32 (batch, classes).
+How the selective scan is written in ONNX is in `onnx_scan.py`. The file also holds the normalisation:
+its input is `images`, float32 (batch, C, H, W) in [0, 1], any batch; its output is `logits`, float32
+(batch, classes).
 """
 
 from __future__ import annotations

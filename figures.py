@@ -159,6 +159,106 @@ def mistakes(images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, cla
 
 
 @styled
+def hardest(images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str],
+            most: int = 25) -> Figure:
+    """The images where the first two classes are closest, right or wrong, each with both and the truth."""
+    images, labels, probabilities = (np.asarray(array) for array in (images, labels, probabilities))
+    order = np.argsort(-probabilities, axis=1, kind="stable")
+    ranked = np.take_along_axis(probabilities, order, axis=1)
+    shown = np.argsort(ranked[:, 0] - ranked[:, 1], kind="stable")[:most]
+    figure, cells = _grid(len(shown), columns=5, side=1.25, text_lines=3, subtitle_lines=2)
+    for cell, index in zip(cells, shown, strict=True):
+        (first, second), right = order[index, :2], order[index, 0] == labels[index]
+        _picture(cell, images[index], wrong=not right)
+        runner_up = f"or {classes[second]} ({100 * ranked[index, 1]:.1f}%)?"
+        _caption(cell, f"{'' if right else '✗ '}{classes[first]} ({100 * ranked[index, 0]:.1f}%)",
+                 f"{runner_up}\nis {classes[labels[index]]}", right)
+    right = int((order[shown, 0] == labels[shown]).sum())
+    _title(figure, "The hardest images", f"where prediction and runner-up are closest; {right} of these "
+           f"{len(shown)} right\nunder each image: prediction, runner-up, truth")
+    return figure
+
+
+def calibration(labels: ArrayLike, probabilities: ArrayLike,
+                bins: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Confidence against accuracy: (mean confidence, accuracy, images) of each bin, and the expected
+    calibration error (Guo et al., arXiv 1706.04599, eq. 3), all in fractions.
+
+    The bins are of equal width in the confidence of the predicted class; an empty one has NaN for both.
+    """
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities, np.float64)
+    confidence, hits = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(place, confidence, bins) / count
+        accuracy = np.bincount(place, hits, bins) / count
+    error = float(np.nansum(count * np.abs(accuracy - mean)) / max(len(labels), 1))
+    return mean, accuracy, count, error
+
+
+@styled
+def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> Figure:
+    """The reliability diagram: how often the model is right when it is so sure, and of how many images."""
+    mean, accuracy, count, error = calibration(labels, probabilities, bins)
+    edges = 100 * np.linspace(0, 1, bins + 1)
+    figure = _figure(5.2, 5.2)
+    chart, below = figure.subplots(2, 1, sharex=True, height_ratios=(3.4, 1))
+    chart.plot([0, 100], [0, 100], color=FAINT, linestyle="--", linewidth=1.4)
+    chart.text(97, 8, "dashed: as sure as right", color=MUTED, fontsize=8, ha="right")
+    full = count > 0
+    # 95% of a binomial distribution: few images say little.
+    spread = 196 * np.sqrt(accuracy[full] * (1 - accuracy[full]) / count[full])
+    chart.errorbar(100 * mean[full], 100 * accuracy[full], yerr=spread, color=RIGHT, marker="o", markersize=5,
+                   linewidth=1.6, elinewidth=1, ecolor=MUTED, capsize=2)
+    chart.set(ylabel="right, %", ylim=(-3, 103), xlim=(0, 100))
+    below.bar(edges[:-1], count, width=0.9 * 100 / bins, align="edge", color=RIGHT, log=True)
+    below.set(xlabel="confidence in the predicted class, %", ylabel="images", ylim=(0.6, 2 * count.max()))
+    for axes in (chart, below):
+        axes.grid(axis="y", color=PALE, linewidth=1.2)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.tick_params(which="minor", length=0)
+        seaborn.despine(ax=axes, left=True)
+    _title(figure, "Confidence against accuracy",
+           f"expected calibration error {100 * error:.2f}% ({bins} bins, {count.sum():,} images);\n"
+           "thin bars: 95% intervals")
+    return figure
+
+
+@styled
+def robustness(curves: dict[str, dict], examples: dict[str, ArrayLike] | None = None) -> Figure:
+    """Accuracy against each kind of spoiling.
+
+    curves    {name: {"unit", "strengths", "accuracy" (fractions), "images"}}, as `robustness.measure` gives
+    examples  {name: (strengths, C, H, W) uint8}: what each strength looks like, drawn above its point
+    """
+    figure = _figure(9, 5.4)
+    for axes, (name, curve) in zip(figure.subplots(2, 2, sharey=True).flat, curves.items(), strict=True):
+        strengths, accuracy = np.asarray(curve["strengths"], float), 100 * np.asarray(curve["accuracy"])
+        places = np.arange(len(strengths))
+        axes.plot(places, accuracy, color=RIGHT, marker="o", markersize=4.5, linewidth=1.6)
+        for place, value in zip(places, accuracy, strict=True):
+            axes.annotate(f"{value:.0f}", (place, value), (0, -13 if value > 25 else 7), ha="center",
+                          textcoords="offset points", fontsize=7.5, color=INK)
+        for place, image in zip(places, np.asarray(examples[name]) if examples else (), strict=False):
+            small = axes.inset_axes((place - 0.36, 108, 0.72, 30), transform=axes.transData)
+            _picture(small, image, wrong=False)
+        axes.set_xticks(places, [f"{strength:g}" for strength in strengths])
+        axes.set(ylim=(0, 140 if examples else 104), xlim=(-0.5, len(places) - 0.5), xlabel=curve["unit"])
+        axes.set_yticks(range(0, 101, 25), [f"{value}%" for value in range(0, 101, 25)])
+        axes.set_title(name, fontsize=10, weight="bold", loc="left", color=INK)
+        axes.grid(axis="y", color=PALE, linewidth=1.2)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        seaborn.despine(ax=axes, left=True, bottom=True)
+    count = next(iter(curves.values()))["images"]
+    _title(figure, "When it breaks",
+           f"accuracy on {count:,} test images that are turned, noisy, blurred or moved")
+    return figure
+
+
+@styled
 def class_scores(labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str]) -> Figure:
     """Precision, recall and F1 of every class: F1 lies between the other two, so a line joins them.
 

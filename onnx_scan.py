@@ -11,7 +11,7 @@ from onnxscript import opset18 as op
 @onnxscript.script()
 def selective_scan(u: FLOAT, delta: FLOAT, A: FLOAT, B: FLOAT, C: FLOAT, D: FLOAT, z: FLOAT,
                    delta_bias: FLOAT) -> tuple[FLOAT, FLOAT]:
-    """u, delta, z (b, l, e), A (e, n), B and C (b, l, n), D, delta_bias (e) → (b, l, e) and the last state."""
+    """u, delta, z (b, l, e), A (e, n), B, C (b, l, n), D, delta_bias (e) → out (b, l, e), last state."""
     delta = op.Softplus(delta + delta_bias)
     scaled = delta * u
     start = op.ConstantOfShape(op.Concat(op.Shape(u, start=0, end=1), op.Shape(A), axis=0))

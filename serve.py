@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import data
 import evaluate
 import explain
-from augment import normalize
 from errors import UserError
 from pictures import prepare_grey, prepare_picture
 from trained import TrainedModel
@@ -35,8 +35,7 @@ from trained import TrainedModel
 ADDRESS = "127.0.0.1"
 HEAT = matplotlib.colormaps["magma"]
 MOST_MAPS = 8
-HARDEST = 24  # the button goes through that many
-PAGE = Path(__file__).parent / "page"  # the canvas in HTML, CSS and JavaScript
+HARDEST, SEARCHED = 24, 2000  # the button goes through that many, out of so many test images
 
 
 class Answers:
@@ -48,6 +47,8 @@ class Answers:
         self.random = np.random.default_rng()
         self.hardest: list[int] | None = None  # of the test images, found when first asked for
         self.asked = 0
+        with self.lock:  # the first pass compiles
+            self._run(torch.zeros(1, *trained.shape, dtype=torch.uint8))
 
     def drawing(self, picture: str) -> str:
         """Of what is on the canvas, a PNG as data URL: white ink on black."""
@@ -82,7 +83,7 @@ class Answers:
         """The test images that the model is least right about, one after the other."""
         with self.lock:
             if self.hardest is None:
-                test = self.trained.dataset.test
+                test = data.Split(*(tensor[:SEARCHED] for tensor in self.trained.dataset.test))
                 probabilities = evaluate.predict(self.trained.model, test, self.trained.dataset,
                                                  self.trained.device)
                 given_to_truth = probabilities.gather(1, test.labels[:, None])[:, 0]
@@ -108,20 +109,20 @@ class Answers:
             f'<div class="bar{" best" if place == best else ""}"><b>{name}</b>'
             f'<i><u style="width:{100 * value:.1f}%"></u></i><span>{100 * value:.1f}%</span></div>'
             for place, (name, value) in enumerate(zip(classes, row, strict=True)))
-        maps = [("as the model sees it", picture_url(image[0].permute(1, 2, 0).squeeze(-1).numpy()))]
+        maps = [("what it sees", picture_url(image[0].permute(1, 2, 0).squeeze(-1).numpy()))]
         maps += [(f"Δ, {scan.name}", picture_url(heat(scan.delta_map()[0].numpy())))
                  for scan in scans[:MOST_MAPS]]
         figures = "".join(f'<figure><img src="{url}" alt=""><figcaption>{name}</figcaption></figure>'
                           for name, url in maps)
         took = 1000 * (time.perf_counter() - started)
-        return (f'<div class="answer"><div class="prediction"><strong id="prediction">{classes[best]}</strong>'
+        return (f'<div class="answer"><div class="prediction"><b id="prediction">{classes[best]}</b>'
                 f'<span>{100 * row[best]:.1f}% {verdict}</span></div><div class="bars">{bars}</div></div>'
                 f'<div class="maps">{figures}</div><p class="note" id="took">answered in {took:.0f} ms. '
                 'Δ: how much each token writes into the state; light is much.</p>')
 
     def _run(self, image: Tensor) -> tuple[Tensor, list[explain.Scan]]:
         """Logits and scans of one forward pass; no scans of a model without any."""
-        images = normalize(image.to(self.trained.device), self.trained.mean, self.trained.std)
+        images = self.trained.normalize(image)
         logits: list[Tensor] = []
         handle = self.trained.model.register_forward_hook(lambda *call: logits.append(call[2]))
         try:
@@ -132,6 +133,11 @@ class Answers:
         finally:
             handle.remove()
         return logits[-1].float().cpu(), scans
+
+
+def canvas_value(image: Tensor) -> str:
+    """What lays `image` (1, 1, H, W) on the canvas; its number makes it new even if the image is the same."""
+    return f"{time.monotonic_ns()} {picture_url(image[0, 0].numpy())}"
 
 
 def message(text: str) -> str:
@@ -163,11 +169,15 @@ def serve(trained: TrainedModel, port: int, browser: bool) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UserError("--serve needs Gradio; run: pip install -r requirements-demo.txt")
     check_port(port)
-    page = build_page(trained)
-    answers_ready = f"draw on http://{ADDRESS}:{port} (Ctrl-C ends it)"
+    # Nothing is sent anywhere: not to Gradio, and not through a proxy to this machine itself.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), ADDRESS, "localhost"]))
+    import draw_page  # here, because Gradio is optional and takes seconds
+    page = draw_page.build(Answers(trained))
     page.launch(server_name=ADDRESS, server_port=port, prevent_thread_lock=True, quiet=True, share=False,
-                inbrowser=browser, max_file_size="64mb", footer_links=[], ssr_mode=False, **looks())
-    print(answers_ready, flush=True)
+                inbrowser=browser, max_file_size="64mb", footer_links=[], ssr_mode=False, **draw_page.looks())
+    print(f"draw on http://{ADDRESS}:{port} (Ctrl-C ends it)", flush=True)
     try:
         threading.Event().wait()
     except KeyboardInterrupt:
@@ -186,58 +196,3 @@ def check_port(port: int) -> None:
         except OSError as error:
             raise UserError(f"port {port} of {ADDRESS} cannot be used ({error.strerror}); choose another by "
                             "--port") from error
-
-
-def looks() -> dict:
-    """Theme and style of the page; fonts of the system, for Gradio's own are fetched."""
-    import gradio
-    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    return {"theme": theme, "css": (PAGE / "page.css").read_text(encoding="utf-8")}
-
-
-def build_page(trained: TrainedModel):
-    """The page as gradio.Blocks."""
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), ADDRESS, "localhost"]))
-    import gradio
-    answers = Answers(trained)
-
-    def draw(event: gradio.EventData) -> str:
-        return answers.drawing(str(event._data.get("picture", "")))
-
-    def drop(event: gradio.EventData) -> tuple:
-        path = Path(str(event._data.get("path", "")))
-        if not path.resolve().is_relative_to(Path(gradio.utils.get_upload_folder()).resolve()):
-            return message("only files that were dropped here are read"), gradio.skip()
-        answer, image = answers.file(path, str(event._data.get("name", "the file")))
-        return answer, gradio.skip() if image is None else on_canvas(image)
-
-    def on_canvas(image: Tensor) -> str:
-        # The number makes the value new even if the image is the same.
-        return f"{time.monotonic_ns()} {picture_url(image[0, 0].numpy())}"
-
-    def shown(digit: tuple[str, Tensor]) -> tuple[str, str]:
-        return digit[0], on_canvas(digit[1])
-
-    with gradio.Blocks(title="Vision Mamba: draw a digit", analytics_enabled=False) as page:
-        gradio.HTML(f"<h1>Draw a digit</h1><p class='note'>{html.escape(trained.run_name)}, trained on "
-                    f"{html.escape(trained.dataset_name)}</p>")
-        with gradio.Row():
-            with gradio.Column(scale=2, min_width=320):
-                canvas = gradio.HTML("", html_template=(PAGE / "canvas.html").read_text(encoding="utf-8"),
-                                     js_on_load=(PAGE / "canvas.js").read_text(encoding="utf-8"))
-                with gradio.Row():
-                    random_button = gradio.Button("Random test digit", elem_id="random", min_width=120)
-                    hard_button = gradio.Button("One of the hardest", elem_id="hard", min_width=120)
-            with gradio.Column(scale=3, min_width=320):
-                answer = gradio.HTML(message("draw a digit, or drop a picture of one"), elem_id="answer")
-        # Unqueued: an answer is faster than the queue. Of strokes that come while one is answered, the last.
-        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        canvas.drawn(draw, None, answer, trigger_mode="always_last", **quick)
-        canvas.dropped(drop, None, [answer, canvas], **quick)
-        random_button.click(lambda: shown(answers.random_digit()), None, [answer, canvas], **quick)
-        hard_button.click(lambda: shown(answers.hard_digit()), None, [answer, canvas], **quick)
-    with answers.lock:  # the first pass compiles
-        answers._run(torch.zeros(1, *trained.shape, dtype=torch.uint8))
-    return page

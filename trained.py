@@ -60,7 +60,11 @@ class TrainedModel:
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
         """(b, C, H, W) uint8 → (b, classes) float32, on the CPU"""
-        return self.model(augment.normalize(images.to(self.device), self.mean, self.std)).float().cpu()
+        return self.model(self.normalize(images)).float().cpu()
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """(b, C, H, W) uint8 → what the model was trained on, float32, on its device"""
+        return augment.normalize(images.to(self.device), self.mean, self.std)
 
     def probabilities(self, images: Tensor) -> np.ndarray:
         return self.logits(images).softmax(dim=-1).numpy()

@@ -56,7 +56,7 @@ element.querySelector('#clear').addEventListener('click', () => { clear(); send(
 
 async function take(chosen) {
   if (!chosen) return;
-  if (chosen.size > MAX_BYTES) return trigger('dropped', {path: '', name: chosen.name, large: true});
+  if (chosen.size > MAX_BYTES) return trigger('dropped', {path: '', name: chosen.name});
   try {
     const {path} = await upload(chosen);
     trigger('dropped', {path, name: chosen.name});

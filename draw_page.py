@@ -1,0 +1,61 @@
+"""The page to draw on, in Gradio's terms; what it answers is `serve.Answers`, its canvas is in web/.
+
+Needs Gradio, which is optional; import this module where it is used.
+"""
+
+import html
+from pathlib import Path
+
+import gradio
+
+from serve import Answers, canvas_value, message
+
+WEB = Path(__file__).parent / "web"
+
+
+def looks() -> dict:
+    """Theme and style, for `launch`; the system's fonts, because Gradio's own come from the internet."""
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return {"theme": theme, "css": (WEB / "page.css").read_text(encoding="utf-8")}
+
+
+def build(answers: Answers) -> gradio.Blocks:
+    def draw(event: gradio.EventData) -> str:
+        return answers.drawing(str(event._data.get("picture", "")))
+
+    def drop(event: gradio.EventData) -> tuple:
+        name, path = str(event._data.get("name", "the file")), Path(str(event._data.get("path", "")))
+        if not path.resolve().is_relative_to(Path(gradio.utils.get_upload_folder()).resolve()):
+            return message(f"{name} could not be taken; use a picture below 64 MB"), gradio.skip()
+        answer, image = answers.file(path, name)
+        return answer, gradio.skip() if image is None else canvas_value(image)
+
+    def random_digit() -> tuple[str, str]:
+        answer, image = answers.random_digit()
+        return answer, canvas_value(image)
+
+    def hard_digit() -> tuple[str, str]:
+        answer, image = answers.hard_digit()
+        return answer, canvas_value(image)
+
+    trained = answers.trained
+    with gradio.Blocks(title="Vision Mamba: draw a digit", analytics_enabled=False) as page:
+        gradio.HTML(f"<h1>Draw a digit</h1><p class='note'>{html.escape(trained.run_name)}, trained on "
+                    f"{html.escape(trained.dataset_name)}</p>")
+        with gradio.Row():
+            with gradio.Column(scale=2, min_width=320):
+                canvas = gradio.HTML("", html_template=(WEB / "canvas.html").read_text(encoding="utf-8"),
+                                     js_on_load=(WEB / "canvas.js").read_text(encoding="utf-8"))
+                with gradio.Row():
+                    small = {"size": "sm", "min_width": 120}
+                    random_button = gradio.Button("Random test digit", elem_id="random", **small)
+                    hard_button = gradio.Button("One of the hardest", elem_id="hard", **small)
+            with gradio.Column(scale=3, min_width=320):
+                answer = gradio.HTML(message("draw a digit, or drop a picture of one"), elem_id="answer")
+        # Unqueued: an answer is faster than the queue. Of strokes that come while one is answered, the last.
+        quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        canvas.drawn(draw, None, answer, trigger_mode="always_last", **quick)
+        canvas.dropped(drop, None, [answer, canvas], **quick)
+        random_button.click(random_digit, None, [answer, canvas], **quick)
+        hard_button.click(hard_digit, None, [answer, canvas], **quick)
+    return page
