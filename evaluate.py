@@ -14,7 +14,6 @@ import sys
 import time
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -23,7 +22,6 @@ import augment
 import data
 from baselines import ARCHITECTURES
 from errors import UserError
-from mamba_ssm_simple import StateSpace
 
 SECONDS = 2.0  # how long one batch size is timed
 
@@ -163,30 +161,3 @@ def _peak_memory(device: torch.device) -> tuple[float | None, str]:
         return None, "the whole process"
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere
     return peak / (2**20 if sys.platform == "darwin" else 2**10), "the whole process"
-
-
-@torch.inference_mode()
-def record_deltas(model: nn.Module, images: Tensor) -> list[Tensor]:
-    """Step sizes Δ of each state space of `model` on normalised `images`, a list of (b, l, e) float32.
-
-    Recorded from outside by hooks that are removed again; a model without a scan gives an empty list. The
-    model is left in the mode that it came in.
-    """
-    deltas, hooks, training = [], [], model.training
-    model.eval()  # or batch normalisation would learn from these images
-
-    def hook(state_space: StateSpace):
-        def record(_, __, projected: Tensor) -> None:
-            dt_proj = state_space.dt_proj
-            delta = F.linear(projected[..., :dt_proj.in_features], dt_proj.weight, dt_proj.bias)
-            deltas.append(F.softplus(delta.float()))
-        return state_space.x_proj.register_forward_hook(record)
-
-    try:
-        hooks = [hook(module) for module in model.modules() if isinstance(module, StateSpace)]
-        model(images)
-    finally:
-        for handle in hooks:
-            handle.remove()
-        model.train(training)
-    return deltas

@@ -14,7 +14,7 @@ as many sequences as it has rows; else it is one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 import scan_figures
 from errors import UserError
-from mamba_ssm_simple import MambaBlock, StateSpace, to_sequence
+from mamba_ssm_simple import MambaBlock, StateSpace, pixel_order, to_sequence
 
 ARROWS = {"right": "→", "down": "↓", "left": "←", "up": "↑"}
 OPPOSITE = {"right": "left", "left": "right", "down": "up", "up": "down"}
@@ -105,6 +105,10 @@ def record(model: nn.Module, images: Tensor) -> list[Scan]:
         for number, block in enumerate(blocks, start=1):
             handles += _listen(number, block, scans)
         model(images)
+        if getattr(model, "permute_seed", None) is not None and scans[0].grid == tuple(images.shape[2:]):
+            # A token is a pixel of an image in another order: go back to where it came from.
+            pixels = pixel_order(model.permute_seed, images[0, 0].numel(), torch.device("cpu"))
+            scans = [replace(scan, order=pixels[scan.order]) for scan in scans]
     finally:
         for handle in handles:
             handle.remove()

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import checkpoint
 import data
+import explain
 import figures
 from errors import UserError
 
@@ -82,11 +83,13 @@ class RunLog:
         self.writer.add_figure("test/mistakes", figures.mistakes(split.images.cpu(), labels, probabilities,
                                                                  classes), step)
 
-    def deltas(self, step: int, deltas: list[Tensor]) -> None:
-        """How far the scan of each block steps: the histogram of log10 Δ, one tensor a block."""
-        for index, delta in enumerate(deltas):
-            log10 = torch.log10(delta.clamp(min=1e-9))
-            self.writer.add_histogram(f"log10_delta/block_{index + 1}", log10, step)
+    def scans(self, step: int, images: Tensor, scans: list[explain.Scan]) -> None:
+        """What the scans did with `images`: histograms of log10 Δ, its maps, and what the state remembers."""
+        for scan in scans:
+            log10 = torch.log10(scan.delta.clamp(min=1e-9))
+            self.writer.add_histogram(f"log10_delta/{scan.name}", log10, step)
+        for name, figure in explain.draw(images.cpu(), scans).items():
+            self.writer.add_figure(f"scan/{Path(name).stem}", figure, step)
 
     def hparams(self, settings: dict, metrics: dict) -> None:
         """The run's settings beside its final metrics (TensorBoard's HParams tab)."""

@@ -22,12 +22,13 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from numpy.typing import ArrayLike
 from PIL import Image
 from tqdm import tqdm
 
 from errors import UserError
-from figures import DPI, FAINT, INK, MARGIN, MUTED, PALE, RIGHT, WRONG, _figure, _picture, _title, styled
+from figures import DPI, FAINT, INK, MARGIN, MUTED, PALE, RIGHT, WRONG, _figure, _title, styled
 
 HEAT = matplotlib.colormaps["magma"]
 MOST_SCANS = 12
@@ -63,13 +64,27 @@ def _token_maps(images, maps, orders, lengths, names, title: str, subtitle: str,
     height = top + head + rows * (SIDE + gap) + foot
     figure = Figure(figsize=(width, height), dpi=DPI)
 
-    def cell(row: int, column: int) -> Axes:
+    def place(column: int, bottom: float, tall: float) -> Axes:
+        """Axes in a column, `bottom` and `tall` in inches."""
         left = MARGIN + column * (SIDE + gap)
-        bottom = height - top - head - row * (SIDE + gap) - SIDE
-        return figure.add_axes((left / width, bottom / height, SIDE / width, SIDE / height))
+        return figure.add_axes((left / width, bottom / height, SIDE / width, tall / height))
 
+    def column_axes(column: int) -> Axes:
+        """Axes for all pictures of a column: one for each picture would take seconds to draw."""
+        axes = place(column, height - top - head - rows * (SIDE + gap), rows * (SIDE + gap))
+        _bare(axes)
+        return axes
+
+    def tile(axes: Axes, row: int, pixels: np.ndarray, **how) -> AxesImage:
+        above = row * (SIDE + gap)
+        return axes.imshow(pixels, extent=(0, SIDE, above + SIDE, above), aspect="auto",
+                           interpolation="nearest", **how)
+
+    axes = column_axes(0)
     for row, image in enumerate(images):
-        _picture(cell(row, 0), image, wrong=False)
+        pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
+        tile(axes, row, pixels, cmap="gray", vmin=0, vmax=255)
+    axes.set(xlim=(0, SIDE), ylim=(rows * (SIDE + gap), 0))
     for column, scan in enumerate(chosen, start=1):
         values = np.asarray(maps[scan])
         high = max(values.max(), 1e-9)
@@ -79,21 +94,20 @@ def _token_maps(images, maps, orders, lengths, names, title: str, subtitle: str,
         else:
             low = min(values.min(), 0.99 * high)
             norm = Normalize(low, high)
-        axes = cell(-1, column)
+        axes = place(column, height - top - head + gap, SIDE)
         _reading_order(axes, np.asarray(orders[scan]), lengths[scan], values.shape[1:])
         axes.set_title(names[scan], fontsize=8.5, weight="bold", pad=3)
+        axes = column_axes(column)
         for row in range(rows):
-            axes = cell(row, column)
-            shown = axes.imshow(np.maximum(values[row], low), cmap=HEAT, norm=norm, interpolation="nearest")
-            _bare(axes)
-        left, bottom = MARGIN + column * (SIDE + gap), height - top - head - rows * (SIDE + gap)
-        bar = figure.add_axes((left / width, (bottom - 0.02) / height, SIDE / width, 0.07 / height))
+            shown = tile(axes, row, np.maximum(values[row], low), cmap=HEAT, norm=norm)
+        axes.set(xlim=(0, SIDE), ylim=(rows * (SIDE + gap), 0))
+        bar = place(column, height - top - head - rows * (SIDE + gap) - 0.02, 0.07)
         figure.colorbar(shown, cax=bar, orientation="horizontal").outline.set_visible(False)
         bar.minorticks_off()
         bar.set_xticks([])
-        for place, value in ((0, low), (1, high)):
-            bar.text(place, -0.5, unit.format(value), transform=bar.transAxes, fontsize=6.5, color=MUTED,
-                     va="top", ha="right" if place else "left")
+        for side, value in ((0, low), (1, high)):
+            bar.text(side, -0.5, unit.format(value), transform=bar.transAxes, fontsize=6.5, color=MUTED,
+                     va="top", ha="right" if side else "left")
     left_out = len(maps) - len(chosen)
     _title(figure, title, subtitle + (f" {len(chosen)} of {len(maps)} scans shown." if left_out else ""))
     return figure
@@ -107,14 +121,12 @@ def _reading_order(axes: Axes, order: np.ndarray, length: int, grid: tuple[int, 
         y, x = rows[start:start + length], columns[start:start + length]
         breaks = np.flatnonzero(np.abs(np.diff(y)) + np.abs(np.diff(x)) > 1) + 1
         runs = np.split(np.arange(length), breaks)
-        for run, following in zip(runs, [*runs[1:], None], strict=True):
+        axes.plot(x, y, color=FAINT, linewidth=0.6 if len(runs) <= 28 else 0.2, zorder=1)
+        for run in runs:
             if len(run) > 1:
                 axes.annotate("", (x[run[-1]], y[run[-1]]), (x[run[0]], y[run[0]]), arrowprops={
                     "arrowstyle": "-|>", "color": RIGHT, "linewidth": 0.9, "shrinkA": 0, "shrinkB": 0,
                     "mutation_scale": 5})
-            if following is not None:
-                axes.plot(x[[run[-1], following[0]]], y[[run[-1], following[0]]], color=FAINT, linewidth=0.6,
-                          zorder=1)
         axes.plot(x[0], y[0], "o", color=RIGHT, markersize=2.6)
     axes.set(xlim=(-0.7, width - 0.3), ylim=(height - 0.3, -0.7))
     axes.set_facecolor(PALE)

@@ -33,6 +33,7 @@ import augment
 import checkpoint
 import data
 import evaluate
+import explain
 from baselines import ARCHITECTURES, matched_config
 from mamba_ssm_simple import SCANS
 from presets import PRESETS
@@ -251,7 +252,7 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
         log.flush()  # what is logged of the steps until now must not be lost with the process
         checkpoint.save(last, {**about, **training.state()}, keep_previous=True)
 
-    examples = augment.normalize(dataset.val.images[:64], dataset.mean, dataset.std)
+    examples = dataset.val.images[explain.one_of_each_class(dataset.val.labels)]
     while training.epoch < settings.epochs:
         finished = training.run_epoch(log, stop, save)
         if finished:
@@ -266,7 +267,9 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
             training.check_finite(metrics["val_loss"])
             log.epoch(training.step, metrics)
             log.test(training.step, dataset.test, test, dataset.classes)
-            log.deltas(training.step, evaluate.record_deltas(model, examples))
+            if explain.has_scan(model):
+                log.scans(training.step, examples, explain.record(
+                    model, augment.normalize(examples, dataset.mean, dataset.std)))
             if metrics["val_accuracy"] > training.best_accuracy:
                 training.best_accuracy = metrics["val_accuracy"]
                 checkpoint.save(best, {**about, "model": model.state_dict(), "epoch": training.epoch,

@@ -27,9 +27,9 @@ from trained import TrainedModel
 ROOT = Path(__file__).parent.parent
 CONFIG = {"num_classes": 10, "d_model": 16, "num_blocks": 1, "in_channels": 1, "patch_size": 2, "d_state": 4}
 COLOUR = CONFIG | {"in_channels": 3}
-WRITTEN = {"confusion.png", "predictions.png", "mistakes.png", "hardest.png", "reliability.png", "robustness.png",
-           "class_scores.png", "performance.png", "performance.txt", "report.json", "delta.png", "memory.png",
-           "memory_reach.png"}
+WRITTEN = {"confusion.png", "predictions.png", "mistakes.png", "hardest.png", "reliability.png",
+           "robustness.png", "class_scores.png", "performance.png", "performance.txt", "report.json",
+           "delta.png", "memory.png", "memory_reach.png"}
 
 
 def contents(**changes) -> dict:

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import checkpoint
 import data
 import evaluate
+import explain
 import mnist
 import train_mamba
 from errors import run_script
@@ -150,8 +151,9 @@ def test_tensorboard_has_every_curve_and_picture(whole):
     assert set(tags["scalars"]) >= {
         "train/loss", "train/learning_rate", "train/gradient_norm", "val/loss", "speed/images_per_second",
         "accuracy/train", "accuracy/val", "accuracy/test", *(f"class_accuracy/{name}" for name in range(10))}
-    assert set(tags["images"]) == {"test/confusion", "test/mistakes"}
-    assert set(tags["histograms"]) == {"log10_delta/block_1", "log10_delta/block_2"}
+    assert set(tags["images"]) == {"test/confusion", "test/mistakes", "scan/delta", "scan/memory",
+                                   "scan/memory_reach"}
+    assert set(tags["histograms"]) == {"log10_delta/block 1 →", "log10_delta/block 2 ↓"}
     assert [event.step for event in events.Scalars("train/loss")] == [10, 20, 30, 38, 40, 50, 60, 70, 76]
     assert all(event.value > 0 for event in events.Scalars("train/gradient_norm"))
     assert all(event.value > 100 for event in events.Scalars("speed/images_per_second"))
@@ -189,10 +191,11 @@ def test_the_best_checkpoint_has_the_accuracy_that_it_tells(whole):
 def test_recording_deltas_changes_nothing():
     model = VisionMamba2(d_model=8, num_blocks=2, d_state=2, patch_size=2).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    deltas = evaluate.record_deltas(model, torch.randn(3, 1, 8, 8))
+    scans = explain.record(model, torch.randn(3, 1, 8, 8))
     assert_same(dict(model.state_dict()), before, "model")
-    assert model.training and all((delta > 0).all() and delta.shape == (3, 16, 16) for delta in deltas)
-    assert len(deltas) == 2
+    assert model.training and all((scan.delta > 0).all() for scan in scans)
+    assert all(scan.delta.shape == (3, 16, 16) for scan in scans)
+    assert len(scans) == 2
 
 
 def test_the_demo_shows_it(whole):
