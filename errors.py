@@ -12,6 +12,7 @@ import errno
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -64,6 +65,8 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def _fail(message: str) -> NoReturn:
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(2)  # where all processes fail alike the first one tells, and torchrun ends the others
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 

@@ -32,12 +32,13 @@ from torch import nn
 import augment
 import checkpoint
 import data
+import distributed
 import evaluate
 import explain
 from baselines import ARCHITECTURES, matched_config
 from mamba_ssm_simple import SCANS
 from presets import PRESETS
-from run_log import RunLog
+from run_log import NoLog, RunLog
 from training import StopRequest, Training, accuracy, negative_log_likelihood
 
 MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "runs_dir", "checkpoints_dir", "checkpoint_every"}
@@ -66,7 +67,8 @@ def argument_parser() -> ArgumentParser:
     add("--data-dir", type=Path, metavar="DIR", default=Path("data"),
         help="where datasets are kept, and fetched to where missing")
     add("--epochs", type=positive_int, metavar="N", default=20, help="passes over the training images")
-    add("--batch-size", type=positive_int, metavar="N", default=64, help="images a step")
+    add("--batch-size", type=positive_int, metavar="N", default=64,
+        help="images a step, of all processes together")
     add("--lr", type=positive_float, metavar="RATE", default=1e-3,
         help="peak learning rate of AdamW, after a linear warm-up and before a cosine to a hundredth of it")
     add("--weight-decay", type=non_negative_float, metavar="RATE", default=0.05,
@@ -140,6 +142,7 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     if settings.resume is None:
         if settings.run_name is None:
             settings.run_name = time.strftime(f"{settings.dataset}-%Y%m%d-%H%M%S")
+        check_paths(settings)
         return settings, None
     path = settings.resume
     if path == Path("newest"):
@@ -156,6 +159,7 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
             raise UserError(f"{flag} is {value} in {path}; a resumed run keeps its settings, so leave {flag} "
                             "out or as it is")
     settings.resume = path
+    check_paths(settings)
     return settings, resumed
 
 
@@ -187,13 +191,19 @@ def check_paths(settings: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    settings, resumed = read_settings()
+    with distributed.processes():
+        run(*distributed.of_the_first(read_settings))
+
+
+def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     if resumed and resumed["epoch"] >= settings.epochs:
-        print(f"{settings.run_name} has finished its {settings.epochs} epochs; see it with: "
+        distributed.say(f"{settings.run_name} has finished its {settings.epochs} epochs; see it with: "
               f"python demo_mamba.py --checkpoint {run_paths(settings)[1]}")
         return
-    device = evaluate.pick_device(settings.device)
-    check_paths(settings)
+    device = distributed.own_device(evaluate.pick_device(settings.device))
+    if settings.batch_size < distributed.size():
+        raise UserError(f"--batch-size {settings.batch_size} is less than an image for each of the "
+                        f"{distributed.size()} processes, which share it; use at least {distributed.size()}")
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)
@@ -201,7 +211,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
 
     config, model = build_model(settings, device)
-    dataset = data.load(settings.dataset, settings.data_dir, device, settings.limit_train)
+    dataset = distributed.first_alone(
+        lambda: data.load(settings.dataset, settings.data_dir, device, settings.limit_train))
     training = Training(model, dataset, settings, device)
     if resumed:
         training.load(resumed)
@@ -211,13 +222,17 @@ def main() -> None:
              "settings": {name: str(value) if isinstance(value, Path) else value
                           for name, value in vars(settings).items() if name != "resume"}}
     folder, _, last = run_paths(settings)
-    if not resumed:  # before anything else, so that what is there of a run can always be gone on with
+    if distributed.is_writer() and not resumed:  # so that what there is of a run can always be gone on with
         checkpoint.save(last, {**about, **training.state()})
-    with RunLog(folder, training.epoch, training.step) as log, StopRequest() as stop:
+    log = RunLog(folder, training.epoch, training.step) if distributed.is_writer() else NoLog()
+    with log, StopRequest() as stop:
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{settings.run_name}: {dataset.name}, {len(dataset.train.labels):,} training images, "
-              f"{parameters:,} parameters, {evaluate.device_name(device)}, {settings.epochs} epochs",
-              flush=True)
+        count = distributed.size()
+        each = f" in each of {count} processes, {settings.batch_size} together" if count > 1 else ""
+        distributed.say(
+            f"{settings.run_name}: {dataset.name}, {len(dataset.train.labels):,} training images, "
+            f"{settings.batch_size / count:g} a step{each}, {parameters:,} parameters, "
+            f"{evaluate.device_name(device)}, {settings.epochs} epochs")
         train(training, about, log, stop)
 
 
@@ -249,6 +264,8 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
     _, best, last = run_paths(settings)
 
     def save() -> None:
+        if not distributed.is_writer():
+            return
         log.flush()  # what is logged of the steps until now must not be lost with the process
         checkpoint.save(last, {**about, **training.state()}, keep_previous=True)
 
@@ -256,8 +273,9 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
     while training.epoch < settings.epochs:
         finished = training.run_epoch(log, stop, save)
         if finished:
-            val, test = (evaluate.predict(model, split, dataset, device)
-                         for split in (dataset.val, dataset.test))
+            val, test = (distributed.compute_in_parts(
+                lambda *part: evaluate.predict(model, data.Split(*part), dataset, device), *split)
+                for split in (dataset.val, dataset.test))
             training.metrics = metrics = {
                 "epoch": training.epoch, **training.summary(),
                 "val_loss": negative_log_likelihood(val, dataset.val.labels),
@@ -272,19 +290,20 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
                     model, augment.normalize(examples, dataset.mean, dataset.std)))
             if metrics["val_accuracy"] > training.best_accuracy:
                 training.best_accuracy = metrics["val_accuracy"]
-                checkpoint.save(best, {**about, "model": model.state_dict(), "epoch": training.epoch,
-                                       "metrics": metrics})
+                if distributed.is_writer():
+                    checkpoint.save(best, {**about, "model": model.state_dict(), "epoch": training.epoch,
+                                           "metrics": metrics})
         save()
         if finished:
-            print(f"epoch {training.epoch:{len(str(settings.epochs))}}/{settings.epochs}  "
-                  f"loss {metrics['train_loss']:.4f}  validation {metrics['val_accuracy']:.2%}  "
-                  f"test {metrics['test_accuracy']:.2%}  {training.seconds:.0f} s", flush=True)
-        if stop.asked and training.epoch < settings.epochs:
+            distributed.say(f"epoch {training.epoch:{len(str(settings.epochs))}}/{settings.epochs}  "
+                            f"loss {metrics['train_loss']:.4f}  validation {metrics['val_accuracy']:.2%}  "
+                            f"test {metrics['test_accuracy']:.2%}  {training.seconds:.0f} s")
+        if (stop.asked_of_any(finished) or not finished) and training.epoch < settings.epochs:
             where = f"after epoch {training.epoch}" if finished else f"in epoch {training.epoch + 1}"
-            print(f"stopped {where}; go on with: python train_mamba.py --resume {last}")
+            distributed.say(f"stopped {where}; go on with: python train_mamba.py --resume {last}")
             sys.exit(130)
     log.hparams(about["settings"], training.metrics)
-    print(f"best on validation: {best}\nsee it with: python demo_mamba.py --checkpoint {best}")
+    distributed.say(f"best on validation: {best}\nsee it with: python demo_mamba.py --checkpoint {best}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import augment
 import data
+import distributed
 import rng
 from errors import UserError
 from run_log import RunLog
@@ -39,6 +40,7 @@ class Training:
     def __init__(self, model: nn.Module, dataset: data.Dataset, settings: argparse.Namespace,
                  device: torch.device):
         self.model, self.dataset, self.settings, self.device = model, dataset, settings, device
+        self.network = distributed.wrap(model)  # in a single process the model itself
         # A tensor, where the device reads it, so that a new rate is no new step to a captured CUDA graph.
         self.rate = torch.tensor(settings.lr, device=device) if device.type == "cuda" else settings.lr
         self.optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=self.rate,
@@ -74,7 +76,8 @@ class Training:
         every, by_the_clock = self.settings.checkpoint_every, self.settings.checkpoint_every.endswith("s")
         saved = time.monotonic()
         started = time.perf_counter() - self.seconds  # as if the epoch had not been interrupted
-        with tqdm(total=self.steps_an_epoch, initial=done, unit="step", disable=None, leave=False,
+        quiet = None if distributed.is_writer() else True
+        with tqdm(total=self.steps_an_epoch, initial=done, unit="step", disable=quiet, leave=False,
                   desc=f"epoch {self.epoch + 1}/{self.settings.epochs}") as bar:
             for index, (images, labels) in enumerate(data.epoch_batches(self.dataset.train,
                                                                         self.settings.batch_size, order)):
@@ -83,17 +86,19 @@ class Training:
                 loss, norm = self.train_step(images, labels)
                 bar.update()
                 last = index + 1 == self.steps_an_epoch
-                look = self.step % LOG_EVERY == 0 or last or stop.asked
+                look = self.step % LOG_EVERY == 0 or last
+                stopping = stop.asked_of_any(look)
+                look = look or stopping
                 due = (look and time.monotonic() - saved >= int(every[:-1]) if by_the_clock
                        else self.step % int(every) == 0)
                 if look or due:
-                    value = loss.item()  # waits for the device
+                    value = loss.item() / len(images)  # waits for the device
                     self.check_finite(value)
                     self.seconds = time.perf_counter() - started
                     log.step(self.step, value, self.summary()["learning_rate"], float(norm))
                     bar.set_postfix_str(f"loss {value:.4f}, accuracy {self.summary()['train_accuracy']:.2%}, "
                                         f"{self.images / self.seconds:,.0f} images/s")
-                if stop.asked and not last:
+                if stopping and not last:
                     return False
                 if due and not last:
                     save()
@@ -102,8 +107,9 @@ class Training:
         return True
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """One step on images (b, C, H, W) uint8 and labels (b,); loss and gradient norm, on the device."""
+        """One step on images (b, C, H, W) uint8 and labels (b,); the sum of losses and the gradient norm."""
         self.set_learning_rate()
+        distributed.draw_apart(self.settings.seed, self.step)
         loss, norm = self.update(images, labels)
         self.images += len(labels)
         self.step += 1
@@ -114,18 +120,21 @@ class Training:
         if self.settings.augment:
             images = augment.random_affine(images, self.augmentation)
         images = augment.normalize(images, self.dataset.mean, self.dataset.std)
+        part = distributed.part(len(labels))
+        labels = labels[part.images]
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            logits = self.model(images)
+            logits = self.network(images[part.images])
             loss = F.cross_entropy(logits, labels)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(part.loss(loss)).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         hits = (logits.argmax(1) == labels).sum()
-        self.sums += torch.stack([loss.detach() * len(labels), hits]).to(self.sums.dtype)
-        return loss.detach(), norm
+        sums = part.total(torch.stack([loss.detach() * len(labels), hits]).to(self.sums.dtype))
+        self.sums += sums
+        return sums[0], norm
 
     def set_learning_rate(self) -> None:
         """Give the optimiser the rate of the step to come."""
@@ -220,9 +229,19 @@ class StopRequest:
     def __exit__(self, *_) -> None:
         signal.signal(signal.SIGINT, self.before)
 
+    def asked_of_any(self, now: bool) -> bool:
+        """Whether to stop. Several processes must stop at the same step, so they look where `now` is True."""
+        if distributed.size() == 1:
+            return self.asked
+        return now and distributed.agreed(self.asked)
+
     def _ask(self, *_) -> None:
         if self.asked:
-            raise KeyboardInterrupt
+            if distributed.size() == 1:
+                raise KeyboardInterrupt
+            return  # torchrun hands one Ctrl-C on a second time
         self.asked = True
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping as soon as the state can be saved; Ctrl-C again stops at once, unsaved\n")
+        if distributed.is_writer():
+            again = "; Ctrl-C again stops at once, unsaved" if distributed.size() == 1 else ""
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, f"\nstopping as soon as the state can be saved{again}\n".encode())

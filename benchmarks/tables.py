@@ -111,8 +111,18 @@ def architectures() -> str:
     return "\n".join(lines)
 
 
+def crash_test() -> str:
+    found = result("crash_test")
+    lines = [f"On {machine(found['machine'])}.", "",
+             "| dataset | kills | survived | weights equal | epochs lost | points doubled |",
+             "|---|---|---|---|---|---|"]
+    lines += [f"| {row['dataset']} | {row['kills']} | {row['survived']} | {row['equal']} | "
+              f"{row['epochs_lost']} | {row['doubled']} |" for row in found["rows"]]
+    return "\n".join(lines)
+
+
 TABLES = {"training": training, "scan-cpu": scan_on_cpu, "scan-cuda": scan_on_cuda,
-          "architectures": architectures}
+          "architectures": architectures, "crash-test": crash_test}
 
 if __name__ == "__main__":
     run_script(main)
