@@ -12,11 +12,20 @@ import torch
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--seed", type=int, help="seed of the tests' random inputs; default: a new one each run")
+    parser.addoption("--full", action="store_true", help="also the tests that repeat others with more inputs")
 
 
 def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "full: run with --full only")
     if config.getoption("--seed") is None:
         config.option.seed = int.from_bytes(os.urandom(4), "little")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="--full only"))
 
 
 def pytest_report_header(config) -> str:

@@ -1,0 +1,259 @@
+"""distributed.py: two processes under torchrun train as one does, stop together, and end when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+import checkpoint
+import distributed
+
+ROOT = Path(__file__).parent.parent
+# 1,101 images in batches of 50: the last batch is one image, for two processes.
+SMALL = shlex.split("--dataset digits --epochs 2 --batch-size 50 --lr 1e-2 --d-model 32 --num-blocks 2 "
+                    "--d-state 4 --device cpu --limit-train 1101 --run-name run")
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or os.name == "nt",
+                                reason="needs gloo and POSIX signals")
+
+
+def command(processes: int, *arguments: object) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, *(launcher if processes > 1 else ()), str(ROOT / "train_mamba.py"),
+            *map(str, arguments)]
+
+
+def train(place: Path, processes: int, *arguments: object) -> str:
+    place.mkdir(exist_ok=True)
+    done = subprocess.run(command(processes, *arguments), cwd=place, capture_output=True, encoding="utf-8",
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr.replace("OMP_NUM_THREADS", "")
+    return done.stdout
+
+
+@pytest.fixture
+def running(tmp_path) -> Iterator[subprocess.Popen]:
+    """A run of two processes that has finished an epoch, in a process group of its own."""
+    process = subprocess.Popen(command(2, *SMALL, "--epochs", 100, "--checkpoint-every", 5), cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+                               start_new_session=True)
+    while not (line := process.stdout.readline()).startswith("epoch"):
+        assert line, process.stderr.read()
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """A run of one process."""
+    place = tmp_path_factory.mktemp("one")
+    train(place, 1, *SMALL)
+    return place
+
+
+def curve(place: Path) -> list[tuple[int, float]]:
+    events = EventAccumulator(str(place / "runs" / "run"), size_guidance={"scalars": 0}).Reload()
+    return [(event.step, event.value) for event in events.Scalars("train/loss")]
+
+
+def metrics(place: Path) -> list[dict]:
+    return [json.loads(line) for line in (place / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_curve(place: Path, one: Path) -> None:
+    """Losses within 1e-4 of each other at the same steps, each step once."""
+    ours, theirs = curve(place), curve(one)
+    assert [step for step, _ in ours] == [step for step, _ in theirs]
+    for (step, a), (_, b) in zip(ours, theirs, strict=True):
+        assert a == pytest.approx(b, rel=1e-4), f"step {step}"
+    assert [line["epoch"] for line in metrics(place)] == [1, 2]
+    for ours, theirs in zip(metrics(place), metrics(one), strict=True):
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+        assert ours["train_accuracy"] == pytest.approx(theirs["train_accuracy"], abs=3 / 1101)
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], rel=5e-3)
+        assert ours["test_accuracy"] == pytest.approx(theirs["test_accuracy"], abs=0.02)
+
+
+# ---- torchrun
+
+
+def test_two_processes_train_as_one(one, tmp_path):
+    out = train(tmp_path, 2, *SMALL)
+    assert "25 a step in each of 2 processes, 50 together" in out
+    assert out.count("epoch 1/2") == out.count("best on validation") == 1
+    assert_same_curve(tmp_path, one)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "run.pt", "run.last.pt", "run.last.pt.previous"}
+    assert len(list((tmp_path / "runs" / "run").glob("events*"))) == 2, "one writer; the second is of HParams"
+
+
+@pytest.mark.parametrize(("first", "then"), [pytest.param(2, 1, marks=pytest.mark.full), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(first, then, one, tmp_path):
+    """Killed after the checkpoint at step 30, of 46."""
+    process = subprocess.Popen(command(first, *SMALL, "--checkpoint-every", 30), cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    path = tmp_path / "checkpoints" / "run.last.pt"
+    while not path.exists() or checkpoint.load_good(path)["step"] < 30:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    step = checkpoint.load_good(path)["step"]
+    train(tmp_path, then, "--resume")
+    assert step >= 30
+    ours, theirs = dict(curve(tmp_path)), dict(curve(one))
+    assert set(ours) == set(theirs) | {30}
+    assert all(ours[step] == pytest.approx(theirs[step], rel=1e-4) for step in theirs)
+    assert [line["epoch"] for line in metrics(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["Ctrl-C in a terminal", "SIGINT to torchrun"])
+def test_ctrl_c_saves_and_ends_all(whole_group, running, tmp_path):
+    began = time.monotonic()
+    if whole_group:
+        os.killpg(running.pid, signal.SIGINT)
+    else:
+        running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=30)
+    assert time.monotonic() - began < 30 and running.returncode != 0
+    assert err.count("stopping as soon as the state can be saved\n") == 1
+    assert out.count("go on with: python train_mamba.py --resume checkpoints/run.last.pt") == 1
+    assert checkpoint.load(tmp_path / "checkpoints" / "run.last.pt")["step"] > 23
+    with pytest.raises(ProcessLookupError):
+        os.killpg(running.pid, 0)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dying_process_ends_the_others_with_a_line(victim, running, tmp_path):
+    workers = [int(path.name) for path in Path("/proc").glob("[0-9]*") if parent(path) == running.pid]
+    if len(workers) != 2:
+        pytest.skip("needs /proc")
+    began = time.monotonic()
+    os.kill(sorted(workers)[victim], signal.SIGKILL)
+    _, err = running.communicate(timeout=30)
+    assert time.monotonic() - began < 30 and running.returncode != 0
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "--resume" in lines[0] and "another" in lines[0]
+    assert "train_mamba.py\", line" not in err
+    assert checkpoint.load_good(tmp_path / "checkpoints" / "run.last.pt")["epoch"] >= 1
+
+
+def parent(process: Path) -> int | None:
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    pytest.param(["--epochs", "0"], "--epochs: must be", marks=pytest.mark.full),
+    (["--batch-size", "1"], "less than an image for each"),
+    pytest.param(["--dataset", "mnist", "--data-dir", "file"], "choose another data folder",
+                 marks=pytest.mark.full)])
+def test_a_wrong_command_is_one_line_for_all_processes(arguments, says, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = subprocess.run(command(2, *SMALL, *arguments), cwd=tmp_path, capture_output=True, encoding="utf-8",
+                          timeout=60)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and done.stdout == ""
+    assert says in lines[0] and not any("unrecognized" in line for line in lines)
+    assert sum(says in line for line in lines) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# ---- Pieces, in processes of our own
+
+
+def alone(rank: int, size: int, port: int, images: torch.Tensor, weights: torch.Tensor) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with distributed.processes():
+        check_batch_norm(images, weights)
+        check_pieces()
+
+
+def check_batch_norm(images: torch.Tensor, weights: torch.Tensor) -> None:
+    """A part in each process: outputs, gradients and running statistics are those of the whole batch."""
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(3, momentum=0.3)
+    nn.init.normal_(plain.weight)
+    nn.init.normal_(plain.bias)
+    shared = distributed.SharedBatchNorm.of(nn.BatchNorm2d(3, momentum=0.3))
+    shared.load_state_dict(plain.state_dict())
+    part = distributed.part(len(images)).images
+    whole, own = images.clone().requires_grad_(), images[part].clone().requires_grad_()
+    expected, got = plain(whole), shared(own)
+    (expected * weights).sum().backward()
+    (got * weights[part]).sum().backward()
+    torch.testing.assert_close(got, expected[part], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own.grad, whole.grad[part], rtol=1e-4, atol=1e-5)
+    for name in ("weight", "bias"):
+        gradient = distributed.total(getattr(shared, name).grad)
+        torch.testing.assert_close(gradient, getattr(plain, name).grad, rtol=1e-4, atol=1e-4)
+    for (name, a), (_, b) in zip(shared.named_buffers(), plain.named_buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+    torch.testing.assert_close(shared.eval()(images), plain.eval()(images))
+
+
+def check_pieces() -> None:
+    size, rank = distributed.size(), distributed.rank()
+    for batch in (size, 7, 50):
+        parts = [None] * size
+        dist.all_gather_object(parts, distributed.part(batch))
+        covered = [image for part in parts for image in range(batch)[part.images]]
+        assert covered == list(range(batch)), "each image once, in order"
+        assert sum(part.weight for part in parts) == pytest.approx(size)
+    few = distributed.part(1)
+    assert (few.weight, few.copies) == (1.0, size)
+    assert few.total(torch.tensor([3.0])) == 3.0
+    for images in (1, 2, 5, 7):
+        inputs, labels = torch.arange(images), torch.arange(images) * 10
+        rows = distributed.compute_in_parts(lambda a, b: torch.stack([a, b], 1).float(), inputs, labels)
+        assert torch.equal(rows, torch.stack([inputs, labels], 1).float())
+    shared = {"path": Path("a/b"), "numbers": [rank, 1.5, None], "tensor": torch.full((3,), rank)}
+    got = distributed.of_the_first(lambda: shared)
+    assert got["path"] == Path("a/b") and got["numbers"] == [0, 1.5, None] and got["tensor"].sum() == 0
+    assert distributed.agreed(rank == size - 1) and not distributed.agreed(False)
+    assert distributed.is_writer() == (rank == 0)
+    distributed.draw_apart(3, 5)
+    drawn = [None] * size
+    dist.all_gather_object(drawn, torch.rand(1).item())
+    assert len(set(drawn)) == size
+
+
+def test_pieces_in_three_processes(seed):
+    images = 5 + 3 * torch.randn(7, 3, 4, 5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(alone, (3, port, images, torch.randn_like(images)), nprocs=3)
+
+
+def test_one_process_is_left_alone():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    assert distributed.wrap(model) is model and type(model[1]) is nn.BatchNorm2d
+    loss, sums = torch.ones(()), torch.ones(2)
+    part = distributed.part(5)
+    assert part.images == slice(None) and part.loss(loss) is loss and part.total(sums) is sums
+    state = torch.get_rng_state()
+    distributed.draw_apart(0, 0)
+    assert torch.equal(state, torch.get_rng_state()) and not dist.is_initialized()
