@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selective_scan import selective_scan
+from selective_scan import causal_conv_silu, mix_and_project, saves_memory, selective_scan
 
 DIRECTIONS = ("right", "down", "left", "up")
 SCANS = ("row", "raster", "cross")
@@ -59,7 +59,7 @@ class StateSpace(nn.Module):
 
     def mix(self, x: Tensor, z: Tensor) -> Tensor:
         """x and gate z (b, l, e) → (b, l, e)."""
-        x = F.silu(causal_conv(x, self.conv1d.weight, self.conv1d.bias))
+        x = causal_conv_silu(x, self.conv1d.weight, self.conv1d.bias)
         r, n = self.dt_proj.in_features, self.A_log.shape[1]
         delta, B, C = self.x_proj(x).split([r, n, n], dim=-1)                         # (b, l, r), 2 (b, l, n)
         delta = F.linear(delta, self.dt_proj.weight)                                  # (b, l, e)
@@ -100,12 +100,17 @@ class SelectiveScan(StateSpace):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, d) → (b, l, d), any length ≥ 1."""
-        x, z = self.in_proj(x).chunk(2, dim=-1)                                       # 2 × (b, l, e)
+        xz = self.in_proj(x)
+        if self.backward_direction is None and self.out_proj.bias is None and saves_memory(xz):
+            # Training on CUDA: the lines below as one operator, which keeps little for the backward.
+            return mix_and_project(xz, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
+                                   self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D,
+                                   self.out_proj.weight)
+        x, z = xz.chunk(2, dim=-1)                                                    # 2 × (b, l, e)
         y = self.mix(x, z)
         if self.backward_direction is not None:
             y = (y + self.backward_direction.mix(x.flip(1), z.flip(1)).flip(1)) / 2
         return self.out_proj(y)
-
 
     def step(self, x: Tensor,
              state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -259,17 +264,6 @@ def pixel_order(seed: int, pixels: int, device: torch.device) -> Tensor:
 def _pixel_order(seed: int, pixels: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # or the backward could not use what an evaluation made
         return torch.from_numpy(np.random.RandomState(seed).permutation(pixels)).to(device)
-
-
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Depthwise convolution over the present and the w−1 tokens before: (b, l, e) → (b, l, e).
-
-    Written as a channels-last 2-D convolution of height 1: PyTorch's 1-D convolution would transpose.
-    """
-    taps = weight.shape[-1]
-    image = x.transpose(1, 2).unsqueeze(2)                                            # (b, e, 1, l)
-    image = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, taps - 1), groups=weight.shape[0])
-    return image[..., :x.shape[1]].squeeze(2).transpose(1, 2)
 
 
 def to_sequence(x: Tensor, direction: str, rows: bool = False) -> Tensor:

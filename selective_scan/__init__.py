@@ -9,6 +9,7 @@
 `selective_scan_fn` is the same behind mamba_ssm's signature and layouts (interface.py).
 """
 
+from selective_scan.causal_conv import causal_conv_silu, causal_conv_silu_plain
 from selective_scan.dispatch import (
     available_implementations,
     choose_implementation,
@@ -16,7 +17,9 @@ from selective_scan.dispatch import (
     selective_scan,
 )
 from selective_scan.interface import selective_scan_fn
+from selective_scan.mixer import mix_and_project, saves_memory
 from selective_scan.reference import selective_scan_reference
 
-__all__ = ["available_implementations", "choose_implementation", "run_implementation", "selective_scan",
-           "selective_scan_fn", "selective_scan_reference"]
+__all__ = ["available_implementations", "causal_conv_silu", "causal_conv_silu_plain", "choose_implementation",
+           "mix_and_project", "run_implementation", "saves_memory", "selective_scan", "selective_scan_fn",
+           "selective_scan_reference"]

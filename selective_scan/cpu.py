@@ -11,19 +11,14 @@ softplus are written out as polynomials, accurate to about one unit in the last 
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+from selective_scan.tasks import blocks, run, slices
+
 CHUNK = 16       # steps between checkpoints: 2 · 16 · 16 · 256 floats of scratch fit a second-level cache
-BLOCK = 256      # channels of one task: 16 states of 256 floats and their A fit a 48 KB first-level cache
-SLICES = 32      # slices of the batch; fixed, so that sums over the batch have one order whatever the threads
 
 LOG2_E = np.float32(1.4426950408889634)
 LN_2 = np.float32(0.6931471805599453)
@@ -232,7 +227,7 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     """Output (b, l, e) in u's dtype, last state (b, n, e) and checkpoints (b, (l−1)/CHUNK, n, e), float32."""
     b, l, e = u.shape
     n = A.shape[1]
-    inputs, strides = _sequences(u, delta, B, C, z)
+    inputs, strides = sequences(u, delta, B, C, z)
     weights = _weights(A, D, delta_bias)
     out = torch.empty(b, l, e)
     last_state = torch.empty(b, n, e)
@@ -245,7 +240,7 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
         forward_task(items.start, items.stop, channels.start, l, CHUNK, save, strides, u, delta,
                      np.ascontiguousarray(A2), B, C, D, z, bias, delta_softplus, *results)
 
-    _run([(task, items, channels) for _, items in _slices(b) for _, channels in _blocks(e)])
+    run([(task, items, channels) for _, items in slices(b) for _, channels in blocks(e)])
     return out.to(u.dtype), last_state, checkpoints
 
 
@@ -255,18 +250,18 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
     """Gradients of u, delta, A, B, C, D, z, delta_bias; float32, or None where there was no input."""
     b, l, e = u.shape
     n = A.shape[1]
-    inputs, strides = _sequences(u, delta, B, C, z)
+    inputs, strides = sequences(u, delta, B, C, z)
     weights = _weights(A, D, delta_bias)
-    slices, blocks = _slices(b), _blocks(e)
+    of_batch, of_channels = slices(b), blocks(e)
     if dlast_state is None:
         dlast_state = torch.zeros(b, n, e)
     given = [tensor.float().contiguous().numpy() for tensor in (checkpoints, dout, dlast_state)]
     du, ddelta = torch.empty(b, l, e), torch.empty(b, l, e)
     dz = torch.empty(b, l, e) if z is not None else None
     # Sums over channels are kept for each block, sums over the batch for each slice, then added in order.
-    dB, dC = torch.empty(len(blocks), b, l, n), torch.empty(len(blocks), b, l, n)
-    dA = torch.zeros(len(slices), n, e)
-    dD, dbias = torch.zeros(2, len(slices), e)
+    dB, dC = torch.empty(len(of_channels), b, l, n), torch.empty(len(of_channels), b, l, n)
+    dA = torch.zeros(len(of_batch), n, e)
+    dD, dbias = torch.zeros(2, len(of_batch), e)
 
     def task(slice_index: int, items: range, block_index: int, channels: slice) -> None:
         u, delta, B, C, z = inputs
@@ -279,9 +274,9 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
                       dbias[slice_index, channels].numpy())
         dA[slice_index, :, channels] = torch.from_numpy(own_dA)
 
-    _run([(task, i, items, j, channels) for i, items in slices for j, channels in blocks])
-    return (du, ddelta, dA.sum(0).T, dB.sum(0) if len(blocks) > 1 else dB[0],
-            dC.sum(0) if len(blocks) > 1 else dC[0],
+    run([(task, i, items, j, channels) for i, items in of_batch for j, channels in of_channels])
+    return (du, ddelta, dA.sum(0).T, dB.sum(0) if len(of_channels) > 1 else dB[0],
+            dC.sum(0) if len(of_channels) > 1 else dC[0],
             None if D is None else dD.sum(0), dz, None if delta_bias is None else dbias.sum(0))
 
 
@@ -289,7 +284,7 @@ NOTHING = np.empty(0, np.float32)
 NOTHING_3D = np.empty((0, 0, 0), np.float32)
 
 
-def _sequences(*tensors: Tensor | None) -> tuple[list[np.ndarray], np.ndarray]:
+def sequences(*tensors: Tensor | None) -> tuple[list[np.ndarray], np.ndarray]:
     """The inputs (b, l, ·) as flat arrays with strides over batch and time, copied only where needed.
 
     Slices of a linear layer's output have rows apart; as flat arrays with explicit strides they need no copy,
@@ -317,41 +312,3 @@ def _weights(A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> list[np.
     zeros = torch.zeros(A.shape[0])
     return [A2.numpy(), *((zeros if weight is None else weight.detach().float().contiguous()).numpy()
                           for weight in (D, delta_bias))]
-
-
-def _slices(batch: int) -> list[tuple[int, range]]:
-    size = -(-batch // SLICES)
-    return list(enumerate(range(i, min(i + size, batch)) for i in range(0, batch, size)))
-
-
-def _blocks(channels: int) -> list[tuple[int, slice]]:
-    return list(enumerate(slice(i, min(i + BLOCK, channels)) for i in range(0, channels, BLOCK)))
-
-
-def _run(tasks: list[tuple]) -> None:
-    """Run tasks (function, *arguments) on this thread and PyTorch's number of threads less one."""
-    queue = deque(tasks)
-
-    def work() -> None:
-        while True:
-            try:
-                function, *arguments = queue.popleft()
-            except IndexError:
-                return
-            function(*arguments)
-
-    helpers = min(torch.get_num_threads(), len(tasks)) - 1
-    futures = [_pool(torch.get_num_threads()).submit(work) for _ in range(helpers)]
-    work()
-    for future in futures:
-        future.result()
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="selective_scan")
-
-
-# A forked child inherits the pool but not its threads, and would wait for them forever.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)

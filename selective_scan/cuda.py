@@ -58,7 +58,7 @@ else:
         return gl.allocate_shared_memory(gl.float32, [rows, columns],
                                          gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
-CHUNK = 8   # steps between state checkpoints
+CHUNK = 8   # steps between state checkpoints, where the caller asks for no other number
 GROUP = 4   # steps whose inputs are loaded, and whose states the backward keeps, at a time; divides CHUNK
 LOG2_E = constexpr(1.4426950408889634)
 LN_2 = constexpr(0.6931471805599453)
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
 
     lanes_n: int    # lanes of a warp along the states; the others lie along the channels, four for each
     registers: int  # of one thread, at most: fewer let more warps hide each other's waiting
-    segment: int    # steps of one segment of time, a multiple of CHUNK
+    segment: int    # steps of one segment of time, a multiple of a chunk
 
     @property
     def block(self) -> int:
@@ -90,7 +90,7 @@ class Plan(NamedTuple):
                 "PARTS": parts, "PROJECTED": projected, "num_warps": 1, "maxnreg": self.registers}
 
 
-def _plan(batch: int, length: int, channels: int, n: int, backward: bool) -> Plan:
+def _plan(batch: int, length: int, channels: int, n: int, chunk: int, backward: bool) -> Plan:
     """The one place where a shape chooses its kernel configuration."""
     # Four states of four channels a thread: half of each sum, over channels and over states, is then done
     # before the first shuffle, and shared memory is read in the widest words.
@@ -99,7 +99,7 @@ def _plan(batch: int, length: int, channels: int, n: int, backward: bool) -> Pla
     programs = batch * triton.cdiv(channels, plan.block)
     # A step waits for memory and for the step before it: some 2,000 programs hide that on 132 processors.
     segments = max(1, min(2048 // programs, length // 64))
-    return plan._replace(segment=triton.cdiv(triton.cdiv(length, segments), CHUNK) * CHUNK)
+    return plan._replace(segment=triton.cdiv(triton.cdiv(length, segments), chunk) * chunk)
 
 
 # ---- Pieces of a step --------------------------------------------------------------------------------------
@@ -277,14 +277,15 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
 
 @jit
 def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
-                    du, ddelta, dz, weight_sums, projected_sums,
+                    out, du, ddelta, dz, weight_sums, projected_sums,
                     u_b, u_l: constexpr, delta_b, delta_l: constexpr, B_b, B_l: constexpr, C_b,
                     C_l: constexpr, z_b, z_l: constexpr, dout_b, dout_l: constexpr,
-                    length, channels: constexpr, N_STATE: constexpr, segment, segments, batch,
+                    dz_b, dz_l: constexpr, length, channels: constexpr, N_STATE: constexpr, segment, segments,
+                    batch,
                     HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
-                    SOFTPLUS: constexpr, HAS_LEAVING: constexpr, N: constexpr, BLOCK: constexpr,
-                    LANES: constexpr, STATES: constexpr, STEPS: constexpr, PARTS: constexpr,
-                    PROJECTED: constexpr, CHUNK: constexpr, GROUP: constexpr):
+                    SOFTPLUS: constexpr, HAS_LEAVING: constexpr, HAS_OUT: constexpr, N: constexpr,
+                    BLOCK: constexpr, LANES: constexpr, STATES: constexpr, STEPS: constexpr,
+                    PARTS: constexpr, PROJECTED: constexpr, CHUNK: constexpr, GROUP: constexpr):
     """With g_t = ∂loss/∂h_t = C_t ∂y_t + exp(Δ_{t+1} A) g_{t+1}:
     ∂B_t = Σ_e g_t Δ_t u_t,  ∂C_t = Σ_e h_t ∂y_t,  ∂(Δ_t u_t) = Σ_n g_t B_t,
     ∂(Δ_t A) = g_t exp(Δ_t A) h_{t−1}.
@@ -314,6 +315,7 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
     of_u = k_steps[:, None] * u_l + e_steps[None, :]
     of_delta = k_steps[:, None] * delta_l + e_steps[None, :]
     of_z, of_dout = k_steps[:, None] * z_l + e_steps[None, :], k_steps[:, None] * dout_l + e_steps[None, :]
+    of_dz = k_steps[:, None] * dz_l + e_steps[None, :]
     of_out = k_steps[:, None] * channels + e_steps[None, :]
     of_B = k_projected[:, None] * B_l + n_projected[None, :]
     of_C = k_projected[:, None] * C_l + n_projected[None, :]
@@ -360,7 +362,8 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
             z_ = load_group(z_0 + t * z_l, of_z, inside)
             gate = sigmoid(z_)
             slope = dy * gate * (1.0 + z_ * (1.0 - gate))  # ∂loss/∂z = slope · y
-            dy = dy * z_ * gate
+            silu = z_ * gate
+            dy = dy * silu
         dt = step_size(raw, inside, SOFTPLUS)
         dts.store(dt)
         xs.store(dt * u_)
@@ -375,7 +378,10 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
         t = b * length + first
         if HAS_Z:
             y = sum_lanes(ys, LANES, PARTS, STEPS) + D_e * u_
-            gl.store(dz + t * channels + of_out, (slope * y).to(dz.dtype.element_ty), mask=inside)
+            gl.store(dz + b * dz_b + (b * 0 + first) * dz_l + of_dz, (slope * y).to(dz.dtype.element_ty),
+                     mask=inside)
+            if HAS_OUT:
+                gl.store(out + t * channels + of_out, (y * silu).to(out.dtype.element_ty), mask=inside)
         for k in gl.static_range(GROUP - 1, -1, -1):
             dt_k = step_of(dts, k, STATES)
             g += column_of(Cs, k).load(STATES) * step_of(dys, k, STATES)
@@ -539,33 +545,40 @@ def sum_weights_kernel(weight_sums, dA, dD, dbias, programs, channels, N_STATE, 
 
 
 @jit
-def sum_projected_kernel(projected_sums, dB, dC, blocks, size, COLUMNS: constexpr, TILE: constexpr):
-    """∂B and ∂C from those of each channel block, (blocks, 2, size)."""
+def sum_projected_kernel(projected_sums, dB, dC, blocks, size, dB_l, dC_l, N_STATE: constexpr,
+                         COLUMNS: constexpr, TILE: constexpr):
+    """∂B and ∂C, rows dB_l and dC_l apart, from those of each channel block, (blocks, 2, size)."""
     column = gl.program_id(0).to(gl.int64) * COLUMNS + arange(COLUMNS, TILE)
     inside = column < 2 * size
     total = (column * 0).to(gl.float32)
     for _ in range(blocks):
         total += gl.load(projected_sums + column, mask=inside, other=0.0)
         projected_sums += 2 * size
-    gl.store(dB + column, total.to(dB.dtype.element_ty), mask=column < size)
-    gl.store(dC + column - size, total.to(dC.dtype.element_ty), mask=inside & (column >= size))
+    gl.store(dB + column // N_STATE * dB_l + column % N_STATE, total.to(dB.dtype.element_ty),
+             mask=column < size)
+    column -= size
+    gl.store(dC + column // N_STATE * dC_l + column % N_STATE, total.to(dC.dtype.element_ty),
+             mask=inside & (column >= 0))
 
 
 # ---- Launches ----------------------------------------------------------------------------------------------
 
 
 def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-            delta_bias: Tensor | None, delta_softplus: bool, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (b, l, e) in u's dtype, last state (b, n, e) and checkpoints (b, (l−1)/CHUNK, n, e), float32."""
+            delta_bias: Tensor | None, delta_softplus: bool, save: bool,
+            chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (b, l, e) in u's dtype, last state (b, n, e) and checkpoints (b, (l−1)/chunk, n, e), float32.
+
+    `chunk` is a multiple of GROUP: longer ones take less memory, and more time in the backward.
+    """
     b, l, e = u.shape
     n = A.shape[1]
     u, delta, B, C, z = map(_rows, (u, delta, B, C, z))
     A, D, delta_bias = map(_contiguous, (A, D, delta_bias))
     out = torch.empty(b, l, e, device=u.device, dtype=u.dtype)
     last_state = torch.empty(b, n, e, device=u.device)
-    checkpoints = torch.empty(b, (l - 1) // CHUNK if save else 0, n, e, device=u.device)
-    strides = _strides(u, delta, B, C, z)
-    plan = _plan(b, l, e, n, backward=False)
+    checkpoints = torch.empty(b, (l - 1) // chunk if save else 0, n, e, device=u.device)
+    plan = _plan(b, l, e, n, chunk, backward=False)
     segments = triton.cdiv(l, plan.segment)
     entering = u
     if segments > 1:
@@ -573,9 +586,9 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     forward_kernel[(triton.cdiv(e, plan.block), b * segments)](
         u, delta, A, B, C, A if D is None else D, u if z is None else z,
         A if delta_bias is None else delta_bias, entering, out, last_state, checkpoints,
-        *strides, l, e, n, plan.segment, segments,
+        *_strides(u, delta, B, C, z), l, e, n, plan.segment, segments,
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-        SAVE=save, SEGMENTED=segments > 1, CHUNK=CHUNK, GROUP=GROUP, **plan.arguments(n))
+        SAVE=save, SEGMENTED=segments > 1, CHUNK=chunk, GROUP=GROUP, **plan.arguments(n))
     return out, last_state, checkpoints
 
 
@@ -583,43 +596,56 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
              C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None, delta_softplus: bool,
              checkpoints: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of u, delta, A, B, C, D, z, delta_bias, or None where there was no input."""
+    def like(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else torch.empty(tensor.shape, device=u.device, dtype=tensor.dtype)
+
+    du, ddelta, dB, dC, dz = map(like, (u, delta, B, C, z))
+    dA, dD, dbias = backward_into(du, ddelta, dB, dC, dz, None, dout, dlast_state, u, delta, A, B, C, D, z,
+                                  delta_bias, delta_softplus, checkpoints, CHUNK)
+    return (du, ddelta, dA, dB, dC, None if D is None else dD, dz, None if delta_bias is None else dbias)
+
+
+def backward_into(du: Tensor, ddelta: Tensor, dB: Tensor, dC: Tensor, dz: Tensor | None, out: Tensor | None,
+                  dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor, A: Tensor, B: Tensor,
+                  C: Tensor, D: Tensor | None, z: Tensor | None, delta_bias: Tensor | None,
+                  delta_softplus: bool, checkpoints: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes what `backward` returns of sequences, and `out` again if given; returns those of A, D and bias.
+
+    dB, dC and dz may be parts of wider tensors; du, ddelta and out are contiguous. `out` needs z.
+    """
     b, l, e = u.shape
     n = A.shape[1]
     dout, u, delta, B, C, z = map(_rows, (dout, u, delta, B, C, z))
     A, D, delta_bias = map(_contiguous, (A, D, delta_bias))
-    strides = _strides(u, delta, B, C, z)
-    plan = _plan(b, l, e, n, backward=True)
+    plan = _plan(b, l, e, n, chunk, backward=True)
     segments, blocks = triton.cdiv(l, plan.segment), triton.cdiv(e, plan.block)
-
     leaving = None if dlast_state is None else dlast_state.float().contiguous()
     if segments > 1:
         leaving = _enter(leaving, u, delta, A, B, C, z, delta_bias, dout, delta_softplus, plan, reverse=True)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, device=u.device, dtype=dtype)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device=u.device)
 
-    du, ddelta = empty(b, l, e, dtype=u.dtype), empty(b, l, e, dtype=delta.dtype)
-    dz = None if z is None else empty(b, l, e, dtype=z.dtype)
     # What each program has of ∂A, ∂D and ∂Δ bias, and each channel block of ∂B and ∂C.
     weight_sums, projected_sums = empty(b * segments, n + 2, e), empty(blocks, 2, b, l, n)
     backward_kernel[(blocks, b * segments)](
         u, delta, A, B, C, A if D is None else D, u if z is None else z,
         A if delta_bias is None else delta_bias, checkpoints, dout, u if leaving is None else leaving,
-        du, ddelta, du if dz is None else dz, weight_sums, projected_sums,
-        *strides, *dout.stride()[:2], l, e, n, plan.segment, segments, b,
+        u if out is None else out, du, ddelta, du if dz is None else dz, weight_sums, projected_sums,
+        *_strides(u, delta, B, C, z, dout, dz), l, e, n, plan.segment, segments, b,
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-        HAS_LEAVING=leaving is not None, CHUNK=CHUNK, GROUP=GROUP, **plan.arguments(n))
+        HAS_LEAVING=leaving is not None, HAS_OUT=out is not None, CHUNK=chunk, GROUP=GROUP,
+        **plan.arguments(n))
     dA, dD, dbias = empty(e, n), empty(e), empty(e)
-    dB, dC = empty(b, l, n, dtype=B.dtype), empty(b, l, n, dtype=C.dtype)
     rows, columns = 32, 32
     sum_weights_kernel[(triton.cdiv((n + 2) * e, columns),)](
         weight_sums, dA, dD, dbias, b * segments, e, n, ROWS=rows, COLUMNS=columns,
         TILE=None if INTERPRETED else gl.BlockedLayout([8, 1], [1, 32], [4, 1], [1, 0]), num_warps=4)
     columns = 256
     sum_projected_kernel[(triton.cdiv(2 * b * l * n, columns),)](
-        projected_sums, dB, dC, blocks, b * l * n, COLUMNS=columns,
+        projected_sums, dB, dC, blocks, b * l * n, dB.stride(1), dC.stride(1), n, COLUMNS=columns,
         TILE=None if INTERPRETED else gl.BlockedLayout([2], [32], [4], [0]), num_warps=4)
-    return (du, ddelta, dA, dB, dC, None if D is None else dD, dz, None if delta_bias is None else dbias)
+    return dA, dD, dbias
 
 
 def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_softplus: bool, plan: Plan,
@@ -628,12 +654,11 @@ def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_s
     b, l, e = u.shape
     n = A.shape[1]
     segments = triton.cdiv(l, plan.segment)
-    strides = _strides(u, delta, B, C, z)
     carried, entering = torch.empty(2, b, segments, n, e, device=u.device)
     delta_sums = torch.empty(b, segments, e, device=u.device)
     segment_kernel[(triton.cdiv(e, plan.block), b * segments)](
         u, delta, A, B, C, u if z is None else z, A if delta_bias is None else delta_bias, dout, carried,
-        delta_sums, *strides, *dout.stride()[:2], l, e, n, plan.segment, segments,
+        delta_sums, *_strides(u, delta, B, C, z, dout), l, e, n, plan.segment, segments,
         HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, REVERSE=reverse,
         GROUP=GROUP, **plan.arguments(n))
     carry_kernel[(triton.cdiv(e, plan.block), b)](
@@ -651,11 +676,11 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _strides(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> list[int]:
+def _strides(*tensors: Tensor | None) -> list[int]:
     """Strides over batch and time of each.
 
     Those over time are constants of the kernels: an address is then one register and a number in the
     instruction, and the compiler sees how a slice of x_proj's output is aligned.
     """
-    return [stride for tensor in (u, delta, B, C, z) for stride in
+    return [stride for tensor in tensors for stride in
             ((0, 0) if tensor is None else tensor.stride()[:2])]

@@ -20,7 +20,6 @@ from mamba_ssm_simple import (
     MambaBlock,
     SelectiveScan,
     VisionMamba2,
-    causal_conv,
     to_map,
     to_sequence,
 )
@@ -107,16 +106,6 @@ def test_initialisation():
 def test_step_sizes_stay_above_the_floor():
     mixer = SelectiveScan(64, dt_min=1e-6, dt_max=1e-5, dt_init_floor=1e-4)
     assert torch.allclose(F.softplus(mixer.dt_proj.bias.double()), torch.tensor(1e-4).double(), rtol=1e-2)
-
-
-@pytest.mark.parametrize("taps", [1, 2, 4])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("length", [1, 3, 20])
-def test_causal_conv_is_the_official_one(taps, with_bias, length):
-    conv = torch.nn.Conv1d(6, 6, taps, groups=6, padding=taps - 1, bias=with_bias)
-    x = torch.randn(2, length, 6)
-    expected = conv(x.transpose(1, 2))[..., :length].transpose(1, 2)
-    assert torch.allclose(causal_conv(x, conv.weight, conv.bias), expected, atol=1e-6)
 
 
 def test_a_token_changes_nothing_before_it():

@@ -1,0 +1,53 @@
+"""The convolution with SiLU on the CPU, against nn.Conv1d and the plain twin in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from selective_scan import causal_conv_silu, causal_conv_silu_plain
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def results(function, tensors, weights):
+    leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in tensors]
+    out = function(*leaves)
+    gradients = torch.autograd.grad(out, [leaf for leaf in leaves if leaf is not None], weights.to(out.dtype))
+    return [out.detach(), *gradients]
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4])
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("length", [1, 3, 20])
+def test_the_plain_one_is_conv1d_cut_to_the_past(taps, with_bias, length, seed):
+    conv = torch.nn.Conv1d(6, 6, taps, groups=6, padding=taps - 1, bias=with_bias)
+    x = torch.randn(2, length, 6)
+    expected = F.silu(conv(x.transpose(1, 2))[..., :length].transpose(1, 2))
+    assert torch.allclose(causal_conv_silu_plain(x, conv.weight, conv.bias), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (3, 37, 300, 4), (2, 7, 20, 3), (1, 2, 5, 1), (40, 9, 8, 4)],
+                         ids=str)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_output_and_every_gradient(shape, dtype, with_bias, seed):
+    b, l, e, taps = shape
+    both = torch.randn(b, l, 2 * e).to(dtype)
+    for x in (both[..., e:], both[..., :e].contiguous()):  # a slice of in_proj's output, and a copy
+        tensors = [x, torch.randn(e, 1, taps).to(dtype), torch.randn(e).to(dtype) if with_bias else None]
+        weights = torch.randn(b, l, e).to(dtype)
+        right = results(causal_conv_silu_plain, [None if t is None else t.double() for t in tensors], weights)
+        for got, expected in zip(results(causal_conv_silu, tensors, weights), right, strict=True):
+            assert got.dtype == dtype
+            assert (got.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
+
+
+def test_float64_is_exact(seed):
+    tensors = [torch.randn(2, 5, 3), torch.randn(3, 1, 4), torch.randn(3)]
+    leaves = [tensor.double().requires_grad_() for tensor in tensors]
+    assert torch.autograd.gradcheck(causal_conv_silu, leaves)
+
+
+def test_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="weight must be"):
+        causal_conv_silu(torch.randn(2, 5, 3), torch.randn(4, 1, 4), None)
