@@ -30,6 +30,12 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     return torch.stack([(x - m) / s for x, m, s in zip(channels, mean, std, strict=True)], dim=1)
 
 
+def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image (b, C, H, W), half of them mirrored left to right; `generator` is on their device."""
+    mirrored = torch.rand(len(images), 1, 1, 1, generator=generator, device=images.device) < 0.5
+    return torch.where(mirrored, images.flip(-1), images)
+
+
 def random_affine(images: Tensor, generator: torch.Generator, degrees: float = 10, translate: float = 0.1,
                   scale: tuple[float, float] = (0.9, 1.1), shear: float = 5) -> Tensor:
     """Each image sheared, rotated, scaled about its centre and moved, all by random amounts of its own.

@@ -15,7 +15,7 @@ RUNS_DIR/<run name>/report.html.
 from __future__ import annotations
 
 import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
-from errors import ArgumentParser, UserError, run_script  # isort: skip  (Ctrl-C is one line from here on)
+from errors import ArgumentParser, UserError, image_size, run_script  # isort: skip  (Ctrl-C is one line from here on)
 
 import argparse
 import json
@@ -37,7 +37,6 @@ import report
 import robustness
 import scan_figures
 import serve
-from pictures import prepare_picture
 from prompt import converse
 from trained import TrainedModel
 
@@ -52,13 +51,17 @@ def parse_arguments() -> argparse.Namespace:
                         help="where train_mamba.py saves its models")
     parser.add_argument("--runs-dir", type=Path, metavar="DIR", default=Path("runs"),
                         help="results go into DIR/<run name>/demo")
-    parser.add_argument("--data-dir", type=Path, metavar="DIR", default=Path("data"),
-                        help="where datasets are kept, and fetched to where missing")
+    parser.add_argument("--data-dir", type=Path, metavar="DIR", default=argparse.SUPPRESS,
+                        help="where datasets are kept, and fetched to where missing, or the pictures "
+                             "(default: where they were when the model was trained)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                         help="auto is CUDA where there is one, else the CPU")
     parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", default=argparse.SUPPRESS,
-                        help="classify your own pictures of one digit on a plain background: any size, grey "
-                             "or colour, dark on light or light on dark (default: none)")
+                        help="classify your own pictures, of any size, grey or colour; for MNIST and its "
+                             "like one digit on a plain background, dark on light or light on dark "
+                             "(default: none)")
+    parser.add_argument("--image-size", type=image_size, metavar="PIXELS", default=argparse.SUPPRESS,
+                        help="side that images are brought to, or HEIGHTxWIDTH (default: as it was trained)")
     parser.add_argument("--interactive", action="store_true",
                         help="ask for test image numbers and picture files, and answer in the terminal")
     parser.add_argument("--explain", action="store_true",
@@ -87,7 +90,8 @@ def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal without ✗ or █ is no reason to stop
     device = evaluate.pick_device(arguments.device)
     path = getattr(arguments, "checkpoint", None) or checkpoint.newest(arguments.checkpoints_dir)
-    demo = TrainedModel(path, device, arguments.runs_dir, arguments.data_dir)
+    demo = TrainedModel(path, device, arguments.runs_dir, getattr(arguments, "data_dir", None),
+                        getattr(arguments, "image_size", None))
     # Whatever cannot work is told before anything is written.
     if "export" in arguments:
         export.check(arguments.export)
@@ -211,7 +215,7 @@ def performance_lines(costs: dict) -> list[tuple[str, str]]:
 def explain_digits(demo: TrainedModel, animated: bool) -> list[Path]:
     """Draw what the scan selects and remembers for a test image of each class; returns the files written."""
     chosen = explain.one_of_each_class(demo.dataset.test.labels)
-    images = demo.dataset.test.images[chosen]
+    images = demo.dataset.test.images[chosen][:]
     scans = explain.record(demo.model, demo.normalize(images))
     pictures = explain.draw(images, scans)
     for name, figure in pictures.items():
@@ -262,7 +266,7 @@ REPORT = (
 
 def classify_pictures(demo: TrainedModel, paths: list[Path]) -> list[Path]:
     """Print a line and write a bar chart for each picture; returns the files written."""
-    images = torch.cat([prepare_picture(path, demo.shape[1]) for path in paths])
+    images = torch.cat([demo.picture(path) for path in paths])
     names = picture_names(paths)
     rows = demo.probabilities(images)
     for path, name, image, row in zip(paths, names, images, rows, strict=True):

@@ -32,6 +32,15 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python {self.prog} --help")
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """(height, width) of "64" or "64x96"."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and 1 <= int(side) <= 8192 for side in sides):
+        raise argparse.ArgumentTypeError(f"must be pixels such as 64 or 64x96 (height, width), "
+                                         f"but is {text!r}")
+    return int(sides[0]), int(sides[-1])
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run `main`; what a person can mend becomes one line on stderr.
 

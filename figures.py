@@ -113,7 +113,7 @@ def confusion(labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str])
 def predictions(images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str],
                 most: int = 40) -> Figure:
     """The first `most` images with the predicted class and its probability; wrong ones are crossed."""
-    images, labels, probabilities = (np.asarray(array)[:most] for array in (images, labels, probabilities))
+    images, labels, probabilities = (np.asarray(array[:most]) for array in (images, labels, probabilities))
     predicted = probabilities.argmax(axis=1)
     figure, cells = _grid(len(images), columns=8, side=0.86, text_lines=2)
     for cell, image, label, guess, row in zip(cells, images, labels, predicted, probabilities, strict=True):
@@ -131,7 +131,7 @@ def predictions(images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, 
 def mistakes(images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, classes: Sequence[str],
              most: int = 25) -> Figure:
     """The wrong predictions, the most confident first, each with the runner-up and the truth."""
-    images, labels, probabilities = (np.asarray(array) for array in (images, labels, probabilities))
+    labels, probabilities = np.asarray(labels), np.asarray(probabilities)  # images: only those shown are read
     order = np.argsort(-probabilities, axis=1, kind="stable")
     wrong = np.flatnonzero(order[:, 0] != labels)
     wrong = wrong[np.argsort(-probabilities[wrong].max(axis=1), kind="stable")]
@@ -413,7 +413,8 @@ def _grid(count: int, columns: int, side: float, text_lines: int,
 
 def _picture(axes: Axes, image: np.ndarray, wrong: bool) -> None:
     """Draw one (C, H, W) image, framed; the frame of a wrong one is dashed."""
-    grey = image.shape[0] == 1
+    image = np.asarray(image)
+    grey = len(image) == 1
     axes.imshow(image[0] if grey else image.transpose(1, 2, 0), cmap="gray", vmin=0, vmax=255,
                 interpolation="nearest")
     axes.set_xticks([])

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -144,17 +145,24 @@ def fetch_mnist(folder: Path, missing: list[str]) -> None:
                     f"are or with .gz, into {folder}: {', '.join(missing)}")
 
 
+@contextlib.contextmanager
+def patient_download() -> Iterator[None]:
+    """While torchvision downloads: a time limit, and not a line for every mirror that it tries."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(10)  # torchvision sets none, and a silent mirror would hang for minutes
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
 def fetch_with_torchvision(folder: Path) -> None:
     """Write the four MNIST files into `folder` from torchvision's mirrors."""
     from torchvision.datasets import MNIST  # here, because a second of import is for the first run only
 
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(10)  # torchvision sets none, and a silent mirror would hang for minutes
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints every mirror it tries
-            raw = Path(MNIST(str(folder), download=True).raw_folder)
-    finally:
-        socket.setdefaulttimeout(timeout)
+    with patient_download():
+        raw = Path(MNIST(str(folder), download=True).raw_folder)
     for name in MNIST_MD5:
         os.replace(raw / name, folder / name)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from errors import UserError
+from picture_file import open_picture
 
-MAX_PIXELS = 64 * 2**20
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 MIN_CONTRAST = 24  # of 255; less is paper without ink
 
 
@@ -72,33 +70,12 @@ def read_grey(path: Path) -> np.ndarray:
 
     It is turned upright (EXIF), and transparent parts are laid on a background. Raises UserError.
     """
-    too_large = UserError(f"{path} has more than {MAX_PIXELS // 2**20} megapixels; make it smaller")
-    if not path.is_file():
-        raise UserError(f"{path} is a folder; name the pictures in it" if path.is_dir() else
-                        f"there is no picture {path}; check the name")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of sizes; we refuse them
-            with Image.open(path, formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise too_large
-                grey = _to_grey(ImageOps.exif_transpose(image))
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise too_large from error
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
-        raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}); use a PNG or JPEG file"
-                        ) from error
+    grey = _to_grey(open_picture(path))
     grey.thumbnail((1024, 1024))
     return np.asarray(grey, np.float32)
 
 
 def _to_grey(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits a pixel, which Pillow would cut off at 255
-        values = np.nan_to_num(np.asarray(image, np.float32))
-        low, high = values.min(), values.max()
-        return Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-6)))
     if not image.has_transparency_data:
         return image.convert("L")
     grey, alpha = (np.asarray(band, np.float32) for band in image.convert("RGBA").convert("LA").split())

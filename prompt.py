@@ -11,7 +11,6 @@ import numpy as np
 from torch import Tensor
 
 from errors import UserError
-from pictures import prepare_picture
 from trained import TrainedModel
 
 
@@ -42,7 +41,7 @@ def fetch_image(demo: TrainedModel, answer: str) -> tuple[Tensor, int | None]:
     try:
         number = int(answer)
     except ValueError:
-        return prepare_picture(Path(answer).expanduser(), demo.shape[1]), None
+        return demo.picture(Path(answer).expanduser()), None
     images, labels = demo.dataset.test
     if not 0 <= number < len(labels):
         raise UserError(f"there is no test image {number}; choose from 0 to {len(labels) - 1}")

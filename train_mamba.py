@@ -13,7 +13,7 @@ only reported. checkpoints/<run-name>.pt is the best on validation, <run-name>.l
 from __future__ import annotations
 
 import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
-from errors import ArgumentParser, UserError, run_script  # isort: skip  (Ctrl-C is one line from here on)
+from errors import ArgumentParser, UserError, image_size, run_script  # isort: skip  (Ctrl-C is one line from here on)
 
 import argparse
 import math
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import augment
 import checkpoint
@@ -41,7 +41,8 @@ from presets import PRESETS
 from run_log import NoLog, RunLog
 from training import StopRequest, Training, accuracy, negative_log_likelihood
 
-MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "device", "runs_dir", "checkpoints_dir", "checkpoint_every"}
+MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "workers", "device", "runs_dir", "checkpoints_dir",
+                        "checkpoint_every"}
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -63,9 +64,17 @@ def argument_parser() -> ArgumentParser:
     add("--preset", choices=PRESETS, default="default", help="; ".join(
         f"{name}: {preset.reason}" for name, preset in PRESETS.items()).replace("%", "%%")
         + "; flags that are given win over it")
-    add("--dataset", choices=data.DATASETS, default="mnist", help="what to learn; digits needs no download")
+    add("--dataset", choices=data.DATASETS, default="mnist",
+        help="what to learn; digits needs no download; folder is your own pictures in --data-dir")
     add("--data-dir", type=Path, metavar="DIR", default=Path("data"),
-        help="where datasets are kept, and fetched to where missing")
+        help="where datasets are kept, and fetched to where missing; for folder: the pictures, a folder a "
+        "class, in train/ and val/ or to be split")
+    add("--image-size", type=image_size, metavar="PIXELS", default=None,
+        help="side that pictures are brought to, or HEIGHTxWIDTH (None: the dataset's own, 64 for folder)")
+    add("--memory-budget", type=non_negative_float, metavar="GIB", default=data.MEMORY_BUDGET,
+        help="a folder whose pictures take more memory than this is streamed from its files at every epoch")
+    add("--workers", type=whole_number, metavar="N", default=None,
+        help="processes that read what is streamed (None: as many as cores, less one, at most 16)")
     add("--epochs", type=positive_int, metavar="N", default=20, help="passes over the training images")
     add("--batch-size", type=positive_int, metavar="N", default=64,
         help="images a step, of all processes together")
@@ -90,7 +99,9 @@ def argument_parser() -> ArgumentParser:
     add("--permute-seed", type=seed, metavar="N", default=None,
         help="show the pixels of every image in one fixed random order, a function of N (None: as they lie)")
     add("--augment", action=argparse.BooleanOptionalAction, default=True,
-        help="random shifts, turns, zooms and shears of the training images")
+        help="random shifts, turns, zooms and shears of the training images; random crops of streamed ones")
+    add("--flip", action=argparse.BooleanOptionalAction, default=None,
+        help="with --augment: mirror training images at random (None: for fashion-mnist and CIFAR)")
     add("--seed", type=seed, metavar="N", default=0, help="of weights, order and augmentation")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="auto is CUDA where there is one, else the CPU")
@@ -130,6 +141,7 @@ non_negative_float = number(float, "a number from 0 on", lambda value: 0 <= valu
 power_of_two = number(int, "a power of two: 1, 2, 4, ...", lambda value: value in {2**i for i in range(16)})
 interval = number(str, "steps, such as 500, or seconds, such as 300s",
                   lambda value: re.fullmatch(r"0*[1-9]\d{0,8}s?", value, re.ASCII) is not None)
+whole_number = number(int, "a whole number from 0 to 1024", lambda value: 0 <= value <= 1024)
 seed = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 
@@ -140,6 +152,10 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     """
     settings = parse_arguments()
     if settings.resume is None:
+        entry = data.DATASETS[settings.dataset]
+        settings.image_size = settings.image_size or (entry.image_size, entry.image_size)
+        settings.patch_size = settings.patch_size or entry.patch_size
+        settings.flip = entry.flip if settings.flip is None else settings.flip
         if settings.run_name is None:
             settings.run_name = time.strftime(f"{settings.dataset}-%Y%m%d-%H%M%S")
         check_paths(settings)
@@ -210,15 +226,22 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     torch.backends.cudnn.deterministic = True
     torch.set_float32_matmul_precision("high")
 
-    config, model = build_model(settings, device)
+    check_model(settings)
     dataset = distributed.first_alone(
-        lambda: data.load(settings.dataset, settings.data_dir, device, settings.limit_train))
+        lambda: data.load(settings.dataset, settings.data_dir, device, settings.limit_train,
+                          settings.image_size, settings.memory_budget, settings.workers, settings.augment,
+                          settings.flip))
+    if resumed and list(resumed["dataset"]["classes"]) != list(dataset.classes):
+        raise UserError(f"{settings.resume} tells {data.names(resumed['dataset']['classes'])} apart, but "
+                        f"{settings.data_dir} has {data.names(dataset.classes)}; give the folder that it was "
+                        "trained on")
+    config, model = build_model(settings, dataset, device)
     training = Training(model, dataset, settings, device)
     if resumed:
         training.load(resumed)
     about = {"architecture": settings.model, "config": config,
              "dataset": {"name": dataset.name, "classes": list(dataset.classes), "mean": list(dataset.mean),
-                         "std": list(dataset.std)},
+                         "std": list(dataset.std), "shape": list(dataset.shape)},
              "settings": {name: str(value) if isinstance(value, Path) else value
                           for name, value in vars(settings).items() if name != "resume"}}
     folder, _, last = run_paths(settings)
@@ -233,23 +256,33 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
             f"{settings.run_name}: {dataset.name}, {len(dataset.train.labels):,} training images, "
             f"{settings.batch_size / count:g} a step{each}, {parameters:,} parameters, "
             f"{evaluate.device_name(device)}, {settings.epochs} epochs")
+        if dataset.streamed:
+            distributed.say(f"pictures of {dataset.shape[1]}×{dataset.shape[2]} pixels, streamed by "
+                            f"{dataset.train.images.workers} workers")
+        if dataset.test is dataset.val:
+            distributed.say("there is no test set: the accuracy on validation is reported as test, too")
         train(training, about, log, stop)
 
 
-def build_model(settings: argparse.Namespace, device: torch.device) -> tuple[dict, nn.Module]:
+def check_model(settings: argparse.Namespace) -> None:
+    """Raise UserError where tokens or model would be too small to be one; before any image is read."""
+    height, width = settings.image_size
+    if settings.patch_size >= max(height, width):
+        raise UserError(f"--patch-size {settings.patch_size} makes one token of an image of {height}×{width} "
+                        "pixels, which leaves nothing to scan; lower it")
+    if settings.d_model < settings.patch_size // 2:
+        raise UserError(f"--d-model {settings.d_model} is too narrow for --patch-size {settings.patch_size}; "
+                        f"use at least {settings.patch_size // 2}")
+
+
+def build_model(settings: argparse.Namespace, dataset: data.Dataset,
+                device: torch.device) -> tuple[dict, nn.Module]:
     """The arguments of the model and the model. Raises UserError where they make none."""
-    entry = data.DATASETS[settings.dataset]
-    config = {"num_classes": len(entry.classes), "d_model": settings.d_model,
-              "num_blocks": settings.num_blocks, "in_channels": entry.in_channels,
-              "patch_size": settings.patch_size or entry.patch_size, "scan": settings.scan,
+    config = {"num_classes": len(dataset.classes), "d_model": settings.d_model,
+              "num_blocks": settings.num_blocks, "in_channels": dataset.shape[0],
+              "patch_size": settings.patch_size, "scan": settings.scan,
               "d_state": settings.d_state, "bidirectional": settings.bidirectional,
               "permute_seed": settings.permute_seed}
-    if config["patch_size"] >= entry.image_size:
-        raise UserError(f"--patch-size {config['patch_size']} makes one token of an image of "
-                        f"{entry.image_size} pixels a side, which leaves nothing to scan; lower it")
-    if settings.d_model < config["patch_size"] // 2:
-        raise UserError(f"--d-model {settings.d_model} is too narrow for --patch-size "
-                        f"{config['patch_size']}; use at least {config['patch_size'] // 2}")
     try:
         config = matched_config(settings.model, config)
         return config, ARCHITECTURES[settings.model](**config).to(device)
@@ -269,13 +302,16 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
         log.flush()  # what is logged of the steps until now must not be lost with the process
         checkpoint.save(last, {**about, **training.state()}, keep_previous=True)
 
-    examples = dataset.val.images[explain.one_of_each_class(dataset.val.labels)]
+    def predict(split: data.Split) -> Tensor:
+        return distributed.compute_in_parts(
+            lambda *part: evaluate.predict(model, data.Split(*part), dataset, device), *split)
+
+    examples = dataset.val.images[explain.one_of_each_class(dataset.val.labels)][:].to(device)
     while training.epoch < settings.epochs:
         finished = training.run_epoch(log, stop, save)
         if finished:
-            val, test = (distributed.compute_in_parts(
-                lambda *part: evaluate.predict(model, data.Split(*part), dataset, device), *split)
-                for split in (dataset.val, dataset.test))
+            val = predict(dataset.val)
+            test = val if dataset.test is dataset.val else predict(dataset.test)
             training.metrics = metrics = {
                 "epoch": training.epoch, **training.summary(),
                 "val_loss": negative_log_likelihood(val, dataset.val.labels),

@@ -12,21 +12,28 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import resize
 
 import augment
 import checkpoint
 import data
 import evaluate
 from errors import UserError
+from picture_file import read_rgb
+from pictures import prepare_picture
 
 
 class TrainedModel:
     """A trained model and what is known of its images; the dataset itself is loaded when first asked for."""
 
-    def __init__(self, path: Path, device: torch.device, runs_dir: Path, data_dir: Path) -> None:
-        """Raises UserError where the checkpoint cannot be used."""
+    def __init__(self, path: Path, device: torch.device, runs_dir: Path, data_dir: Path | None = None,
+                 image_size: tuple[int, int] | None = None) -> None:
+        """`data_dir` and `image_size`, (H, W) that images are brought to, are as in training where None.
+
+        Raises UserError where the checkpoint cannot be used.
+        """
         contents = checkpoint.load(path)
-        self.path, self.device, self.data_dir = path, device, data_dir
+        self.path, self.device = path, device
         self.architecture, self.epoch = contents["architecture"], contents["epoch"]
         self.model: nn.Module = evaluate.rebuild(contents, device)
         try:
@@ -34,8 +41,11 @@ class TrainedModel:
             self.classes, self.mean, self.std = (tuple(contents["dataset"][key])
                                                  for key in ("classes", "mean", "std"))
             self.run_name = str(contents["settings"].get("run_name") or path.stem)
-            entry = data.DATASETS[self.dataset_name]
-            self.shape = (entry.in_channels, entry.image_size, entry.image_size)
+            self.data_dir = Path(data_dir or contents["settings"].get("data_dir") or "data")
+            self.entry = data.DATASETS[self.dataset_name]
+            size = self.entry.image_size  # of checkpoints that were saved without a shape
+            channels, *size = contents["dataset"].get("shape", (self.entry.in_channels, size, size))
+            self.shape = (channels, *(image_size or size))
             logits = self.logits(torch.zeros(1, *self.shape, dtype=torch.uint8))
         except Exception as error:  # a damaged entry fails in as many ways as there are types
             raise UserError(f"{path} names a dataset that does not fit its model or this version "
@@ -53,9 +63,19 @@ class TrainedModel:
     def dataset(self) -> data.Dataset:
         """The dataset, on the CPU, with the mean and std that the model was trained with."""
         if self._dataset is None:
-            dataset = data.load(self.dataset_name, self.data_dir, device="cpu")
+            dataset = data.load(self.dataset_name, self.data_dir, device="cpu", image_size=self.shape[1:])
+            if dataset.classes != self.classes:
+                raise UserError(f"{self.path} tells {data.names(self.classes)} apart, but {self.data_dir} "
+                                f"has {data.names(dataset.classes)}; give by --data-dir the folder that it "
+                                "was trained on")
             self._dataset = dataclasses.replace(dataset, mean=self.mean, std=self.std)
         return self._dataset
+
+    def picture(self, path: Path | str) -> Tensor:
+        """A picture file as the model knows its images: (1, C, H, W) uint8. Raises UserError."""
+        if not self.entry.drawn:
+            return torch.from_numpy(read_rgb(Path(path), self.shape[1:])[None].copy())
+        return resize(prepare_picture(path, self.entry.image_size), list(self.shape[1:]), antialias=True)
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:

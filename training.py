@@ -79,10 +79,8 @@ class Training:
         quiet = None if distributed.is_writer() else True
         with tqdm(total=self.steps_an_epoch, initial=done, unit="step", disable=quiet, leave=False,
                   desc=f"epoch {self.epoch + 1}/{self.settings.epochs}") as bar:
-            for index, (images, labels) in enumerate(data.epoch_batches(self.dataset.train,
-                                                                        self.settings.batch_size, order)):
-                if index < done:
-                    continue
+            batches = data.epoch_batches(self.dataset.train, self.settings.batch_size, order, start=done)
+            for index, (images, labels) in enumerate(batches, start=done):
                 loss, norm = self.train_step(images, labels)
                 bar.update()
                 last = index + 1 == self.steps_an_epoch
@@ -117,8 +115,10 @@ class Training:
 
     def update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What the device does in a step: augment, forward, backward, clip, update, add to the sums."""
-        if self.settings.augment:
+        if self.settings.augment and not self.dataset.streamed:  # or the workers have done it
             images = augment.random_affine(images, self.augmentation)
+            if self.settings.flip:
+                images = augment.random_flip(images, self.augmentation)
         images = augment.normalize(images, self.dataset.mean, self.dataset.std)
         part = distributed.part(len(labels))
         labels = labels[part.images]
