@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mamba_ssm_simple import VisionMamba2, drop_path, permute_pixels, stem
 
@@ -71,6 +72,8 @@ class VisionTransformer(nn.Module):
         ValueError: a num_heads that does not divide d_model.
     """
 
+    gradient_checkpointing = False  # as in `VisionMamba2`
+
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
                  patch_size: int = 4, mlp_width: int = 200, num_heads: int = 0,
                  permute_seed: int | None = None, drop_path: float = 0.0):
@@ -88,7 +91,7 @@ class VisionTransformer(nn.Module):
         x = self.stem(permute_pixels(images, self.permute_seed)).permute(0, 2, 3, 1)  # (b, height, width, d)
         x = (x + positions(*x.shape[1:], x.device)).flatten(1, 2)                     # (b, l, d)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
         return self.head(self.norm(x).mean(dim=1))
 
 

@@ -38,6 +38,14 @@ PRESETS = {
         "the highest accuracy below a million parameters: 14×14 tokens, each direction twice",
         {"patch_size": 2, "d_model": 128, "num_blocks": 8, "batch_size": 128, "lr": 2e-3, "epochs": 60,
          "amp": "bf16"}),
+    "cifar": Preset(
+        "32×32 pixels in colour: 16×16 tokens, a plain trunk three times as deep",
+        {"dataset": "cifar10", "patch_size": 2, "d_model": 192, "num_blocks": 12, "batch_size": 128,
+         "epochs": 200, "flip": True}),
+    "imagenet": Preset(
+        "ImageNet's folders and their like: 224×224 pixels, 14×14 tokens, as large as Vim-tiny; for a GPU",
+        {"dataset": "folder", "image_size": (224, 224), "patch_size": 16, "d_model": 192, "num_blocks": 24,
+         "batch_size": 128, "epochs": 300, "flip": True, "gradient_checkpointing": True, "amp": "bf16"}),
 }
 # S4's seed for the order, so that the task is the one that its paper reports.
 PRESETS["psmnist"] = Preset("permuted sequential MNIST: smnist with the pixels in one fixed random order",

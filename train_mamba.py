@@ -105,6 +105,9 @@ def argument_parser() -> ArgumentParser:
     add("--seed", type=seed, metavar="N", default=0, help="of weights, order and augmentation")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="auto is CUDA where there is one, else the CPU")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=False,
+        help="keep only what enters each block and compute the rest again in the backward: less memory, more "
+        "time; not for lstm")
     add("--amp", choices=("auto", "off", "bf16", "fp16"), default="auto",
         help="mixed precision of matrix products; auto is bf16 on CUDA and off elsewhere")
     add("--limit-train", type=positive_int, metavar="N", default=None,
@@ -235,7 +238,7 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
         raise UserError(f"{settings.resume} tells {data.names(resumed['dataset']['classes'])} apart, but "
                         f"{settings.data_dir} has {data.names(dataset.classes)}; give the folder that it was "
                         "trained on")
-    config, model = build_model(settings, dataset, device)
+    config, model = build_model(settings, len(dataset.classes), dataset.shape[0], device)
     training = Training(model, dataset, settings, device)
     if resumed:
         training.load(resumed)
@@ -275,20 +278,24 @@ def check_model(settings: argparse.Namespace) -> None:
                         f"use at least {settings.patch_size // 2}")
 
 
-def build_model(settings: argparse.Namespace, dataset: data.Dataset,
+def build_model(settings: argparse.Namespace, num_classes: int, in_channels: int,
                 device: torch.device) -> tuple[dict, nn.Module]:
     """The arguments of the model and the model. Raises UserError where they make none."""
-    config = {"num_classes": len(dataset.classes), "d_model": settings.d_model,
-              "num_blocks": settings.num_blocks, "in_channels": dataset.shape[0],
+    config = {"num_classes": num_classes, "d_model": settings.d_model,
+              "num_blocks": settings.num_blocks, "in_channels": in_channels,
               "patch_size": settings.patch_size, "scan": settings.scan,
               "d_state": settings.d_state, "bidirectional": settings.bidirectional,
               "permute_seed": settings.permute_seed}
     try:
         config = matched_config(settings.model, config)
-        return config, ARCHITECTURES[settings.model](**config).to(device)
+        model = ARCHITECTURES[settings.model](**config).to(device)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise UserError(f"no model can be built with these settings ({str(error)[:160]}); lower --d-model, "
                         "--num-blocks or --d-state") from error
+    model.gradient_checkpointing = settings.gradient_checkpointing
+    if device.type == "cuda" and in_channels > 1:
+        model.stem.to(memory_format=torch.channels_last)  # cuDNN's own layout, and that of the tokens
+    return config, model
 
 
 def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> None:

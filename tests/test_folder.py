@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +18,15 @@ from sklearn.datasets import load_digits
 
 import checkpoint
 import data
+import demo_mamba
+import evaluate
 import folder
-from errors import UserError
+import train_mamba
+import training
+from errors import UserError, run_script
 from picture_file import open_picture, read_rgb
 from streaming import PictureFiles
+from trained import TrainedModel
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {"blue": (20, 30, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
@@ -278,21 +285,37 @@ def digit_pictures(tmp_path_factory) -> Path:
     return place
 
 
-def script(place: Path, *command: object) -> subprocess.CompletedProcess:
-    name, *arguments = map(str, command)
-    return subprocess.run([sys.executable, str(ROOT / name), *arguments, "--device", "cpu"], cwd=place,
-                          capture_output=True, encoding="utf-8", timeout=300)
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs a script in this process: run(place, module, *arguments) → status, stdout, stderr."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # set back after the test
+    precision = torch.get_float32_matmul_precision()
+
+    def call(place: Path, module, *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments), "--device", "cpu"])
+        capfd.readouterr()
+        try:
+            run_script(module.main)
+            status = 0
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capfd.readouterr()
+
+    yield call
+    torch.set_float32_matmul_precision(precision)
 
 
-RUN = ("train_mamba.py", "--dataset", "folder", "--data-dir", "digits", "--image-size", "16", "--patch-size",
-       "2", "--d-model", "48", "--num-blocks", "4", "--d-state", "4", "--lr", "4e-3", "--batch-size", "32",
+RUN = ("--dataset", "folder", "--data-dir", "digits", "--image-size", "16", "--patch-size",
+       "2", "--d-model", "32", "--num-blocks", "4", "--d-state", "4", "--lr", "6e-3", "--batch-size", "32",
        "--run-name", "digits")
 
 
 @pytest.fixture(scope="module")
 def trained(digit_pictures) -> Path:
     """A folder where a model was trained on the digits' pictures by the command itself."""
-    done = script(digit_pictures, *RUN, "--epochs", "8")
+    done = subprocess.run([sys.executable, str(ROOT / "train_mamba.py"), *RUN, "--epochs", "6", "--device",
+                           "cpu"], cwd=digit_pictures, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 2 and "cut.jpg cannot be read" in done.stderr
     assert "1 of " in done.stderr
@@ -309,60 +332,62 @@ def test_a_folder_of_digits_is_learnt_to_95_percent(trained):
     assert contents["shape"] == [3, 16, 16]
 
 
-def test_the_demo_names_pictures_that_it_has_not_seen(trained):
+def test_the_demo_names_pictures_that_it_has_not_seen(trained, run):
     files = sorted((trained / "unseen").iterdir())
-    done = script(trained, "demo_mamba.py", "--image", *files)
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()[:len(files)]
+    status, out, err = run(trained, demo_mamba, "--image", *files)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()[:len(files)]
     right = sum(f": digit {path.name[0]} (" in line for path, line in zip(files, lines, strict=True))
     assert right >= 0.9 * len(files)
 
 
-def test_the_demo_tests_it_at_another_size(trained):
-    done = script(trained, "demo_mamba.py", "--image-size", "20x18")
-    assert done.returncode == 0
-    report = json.loads((trained / "runs" / "digits" / "demo" / "report.json").read_text())
-    assert set(report["classes"]) == {f"digit {number}" for number in range(10)}
-    assert report["test"]["accuracy"] > 0.5
+def test_it_is_tested_at_other_sizes_rectangular_too(trained, run, monkeypatch):
+    model = TrainedModel(trained / "checkpoints" / "digits.pt", torch.device("cpu"), Path("runs"),
+                         trained / "digits", image_size=(20, 18))
+    split = model.dataset.test
+    assert model.dataset.shape == (3, 20, 18)
+    probabilities = evaluate.predict(model.model, split, model.dataset, "cpu")
+    assert (probabilities.argmax(1) == split.labels).float().mean() > 0.5
+    monkeypatch.setattr("builtins.input", lambda _: "q")
+    assert run(trained, demo_mamba, "--interactive", "--image-size", "20x18")[0] == 0
+    assert run(trained, demo_mamba, "--image-size", "20xx")[0] == 2
 
 
-def test_other_classes_are_refused_in_one_line(trained, tmp_path):
+def test_other_classes_are_refused_in_one_line(trained, run, tmp_path):
     write(tmp_path / "colours")
-    done = script(trained, "demo_mamba.py", "--data-dir", tmp_path / "colours")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "tells digit 0" in done.stderr and "has blue, green, red" in done.stderr
+    status, _, err = run(trained, demo_mamba, "--data-dir", tmp_path / "colours")
+    assert status == 2 and err.count("\n") == 1
+    assert "tells digit 0" in err and "has blue, green, red" in err
 
 
-def test_a_streamed_run_that_is_resumed_ends_as_if_it_had_not_been_stopped(tmp_path):
+def test_a_streamed_run_that_is_resumed_ends_as_if_it_had_not_been_stopped(run, tmp_path, monkeypatch):
     write(tmp_path / "colours", 20)
-    command = ("train_mamba.py", "--dataset", "folder", "--data-dir", "colours", "--image-size", "12x16",
-               "--patch-size", "4", "--d-model", "8", "--num-blocks", "1", "--d-state", "2",
-               "--batch-size", "8", "--epochs", "2", "--memory-budget", "0", "--flip", "--run-name", "run")
-    (tmp_path / "stop.py").write_text(
-        "import signal, sys\n"
-        "import train_mamba, training\n"
-        "step = training.Training.train_step\n"
-        "def stop(self, *batch):\n"
-        "    result = step(self, *batch)\n"
-        "    if self.step == 9: signal.raise_signal(signal.SIGINT)\n"
-        "    return result\n"
-        "training.Training.train_step = stop\n"
-        "train_mamba.run_script(train_mamba.main)\n")
-    done = script(tmp_path, *command, "--workers", "1")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "pictures of 12×16 pixels, streamed by 1 workers" in done.stdout
+    write(tmp_path / "others", 20, ("red", "blue"))
+    command = ("--dataset", "folder", "--data-dir", "colours", "--image-size", "12x16", "--patch-size", "4",
+               "--d-model", "8", "--num-blocks", "1", "--d-state", "2", "--batch-size", "8", "--epochs", "2",
+               "--memory-budget", "0", "--flip", "--gradient-checkpointing", "--run-name", "run")
+    status, out, err = run(tmp_path, train_mamba, *command, "--workers", "1")
+    assert (status, err) == (0, "")
+    assert "pictures of 12×16 pixels, streamed by 1 workers" in out
     (tmp_path / "runs").rename(tmp_path / "whole runs")
     (tmp_path / "checkpoints").rename(tmp_path / "whole")
 
-    done = subprocess.run([sys.executable, tmp_path / "stop.py", *command[1:], "--workers", "0", "--device",
-                           "cpu"], cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True,
-                          encoding="utf-8", timeout=300)
-    assert done.returncode == 130 and "stopped in epoch 2" in done.stdout, done.stderr
-    write(tmp_path / "others", 20, ("red", "blue"))
-    done = script(tmp_path, "train_mamba.py", "--resume", "--data-dir", "others")
-    assert done.returncode == 2 and "tells blue, green, red apart, but others has blue, red" in done.stderr
-    done = script(tmp_path, "train_mamba.py", "--resume", "--workers", "0")
-    assert done.returncode == 0, done.stderr
+    step = training.Training.train_step
+
+    def stopped(self, *batch):
+        result = step(self, *batch)
+        if self.step == 9:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "train_step", stopped)
+        status, out, err = run(tmp_path, train_mamba, *command, "--workers", "0")
+    assert status == 130 and "stopped in epoch 2" in out
+    status, _, err = run(tmp_path, train_mamba, "--resume", "--data-dir", "others")
+    assert status == 2 and "tells blue, green, red apart, but others has blue, red" in err
+    status, _, err = run(tmp_path, train_mamba, "--resume", "--workers", "0")
+    assert (status, err) == (0, "")
     ours, whole = (checkpoint.load(tmp_path / place / "run.last.pt")["model"]
                    for place in ("checkpoints", "whole"))
     for name in whole:

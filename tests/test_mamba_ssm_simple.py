@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import self_check
+from baselines import VisionTransformer
 from mamba_ssm_simple import (
     DIRECTIONS,
     SCANS,
@@ -269,6 +270,18 @@ def test_a_step_of_training_lowers_the_loss(device):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("model", [VisionMamba2, VisionTransformer])
+def test_gradient_checkpointing_changes_nothing_but_memory(model, seed):
+    model, images = model(d_model=8, num_blocks=3), torch.rand(2, 1, 12, 20)
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        model(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
 
 
 def test_state_dict_round_trip(tmp_path):

@@ -27,7 +27,7 @@ def typed(name: str, value: object) -> list[str]:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", str(value)]
+    return [f"--{flag}", "x".join(map(str, value)) if isinstance(value, tuple) else str(value)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -44,9 +44,10 @@ def test_a_flag_wins_over_every_preset(preset, settings):
     assert given["preset"] == preset and given["augment"]
 
 
-@pytest.mark.parametrize(("preset", "most"), [("tiny", 100_000), ("best", 1_000_000)])
+@pytest.mark.parametrize(("preset", "most"), [("tiny", 100_000), ("best", 1_000_000), ("cifar", 4_000_000),
+                                              ("imagenet", 7_000_000)])
 def test_a_preset_keeps_its_number_of_parameters(preset, most, settings):
-    _, model = train_mamba.build_model(train_mamba.argparse.Namespace(**settings("--preset", preset)),
+    _, model = train_mamba.build_model(train_mamba.argparse.Namespace(**settings("--preset", preset)), 10, 1,
                                        torch.device("cpu"))
     assert 0.75 * most < sum(parameter.numel() for parameter in model.parameters()) <= most
 
