@@ -17,6 +17,7 @@ import augment
 import checkpoint
 import data
 import evaluate
+from baselines import VisionLSTM
 from demo_mamba import parse_arguments, picture_names
 from errors import UserError
 from mamba_ssm_simple import VisionMamba2
@@ -185,6 +186,31 @@ def test_the_test_set_is_evaluated_measured_and_written(place):
     assert f"{costs['parameters']:,}" in text and "not counted" in text
 
 
+def test_explain_and_report_write_what_they_promise(place):
+    done = demo(place, "--explain")
+    assert done.returncode == 0 and done.stderr == ""
+    folder = place / "runs" / "tiny"
+    explained = {"delta.png", "memory.png", "memory_reach.png", "state.gif"}
+    assert {path.name for path in (folder / "demo").iterdir()} == explained
+    done = demo(place, "--report")
+    assert done.returncode == 0 and done.stderr == ""
+    assert {path.name for path in (folder / "demo").iterdir()} == WRITTEN | explained
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    pictures = [name for name in WRITTEN | explained if name.endswith((".png", ".gif"))]
+    assert page.count("<img ") == page.count("src='data:image/") == len(pictures)
+    assert "http" not in page and done.stdout.splitlines()[0].split()[2] in page  # the accuracy
+
+
+def test_a_model_without_a_scan_is_tested_and_not_explained(place):
+    config = {key: value for key, value in CONFIG.items() if key != "d_state"}
+    checkpoint.save(place / "checkpoints" / "tiny.pt", contents(
+        architecture="lstm", config=config, model=VisionLSTM(**config).state_dict()))
+    assert "--explain needs a mamba model, but" in refused(place, "--explain")
+    done = demo(place)
+    assert done.returncode == 0 and done.stderr == ""
+    assert not (place / "runs" / "tiny" / "demo" / "delta.png").exists()
+
+
 def test_own_pictures_and_the_prompt(place):
     saved(seven(), place / "seven.png")
     asked = "5\n\n-1\n360\nnowhere.png\nseven.png\nq\n7\n"
@@ -212,7 +238,7 @@ def test_help_names_every_flag_and_its_default(monkeypatch, capsys):
         parse_arguments()
     text = capsys.readouterr().out
     for flag in ("--checkpoint", "--checkpoints-dir", "--runs-dir", "--data-dir", "--device", "--image",
-                 "--interactive"):
+                 "--interactive", "--explain", "--report", "--serve", "--port", "--export"):
         assert flag in text
     assert text.count("(default:") >= 8
 
@@ -221,6 +247,8 @@ def test_mistakes_of_the_user_cost_one_line_and_write_nothing(place):
     saved(seven(), place / "seven.png")
     (place / "note.png").write_text("no picture")
     assert "note.png cannot be read" in refused(place, "--image", "seven.png", "note.png")
+    assert "--port" in refused(place, "--serve", "--port", "70000")
+    assert "does not end in .onnx" in refused(place, "--export", "model.pt")
     (place / "checkpoints" / "tiny.pt").write_bytes(b"damaged")
     assert "is not a checkpoint" in refused(place)
 

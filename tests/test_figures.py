@@ -31,6 +31,11 @@ def words(figure: Figure) -> str:
     return "\n".join(text.get_text() for text in texts)
 
 
+def curves() -> dict[str, dict]:
+    return {name: {"unit": "pixels", "strengths": [0, 1, 2], "accuracy": [0.9, 0.5, 0.1], "images": 7}
+            for name in ("rotation", "noise", "blur", "shift")}
+
+
 @pytest.fixture
 def examples():
     rng = np.random.default_rng(0)
@@ -48,6 +53,9 @@ def test_every_figure_can_be_saved(examples, classes, wrong, tmp_path):
         "predictions": figures.predictions(images, labels, probabilities, classes),
         "mistakes": figures.mistakes(images, labels, probabilities, classes),
         "class_scores": figures.class_scores(labels, predicted, classes),
+        "hardest": figures.hardest(images, labels, probabilities, classes),
+        "reliability": figures.reliability(labels, probabilities),
+        "robustness": figures.robustness(curves()),
         "bars": figures.bars(images[0], probabilities[0], classes, "a $title$"),
         "performance": figures.performance([("parameters", "1")], {1: 2.0, 64: 3.0}, "here"),
     }
@@ -137,3 +145,49 @@ def test_the_callers_style_is_left_alone(examples):
     before = dict(matplotlib.rcParams)
     figures.class_scores(examples[1], examples[1], CLASSES)
     assert dict(matplotlib.rcParams) == before
+
+
+def test_the_hardest_are_the_closest_calls_right_or_wrong(examples):
+    images, labels = examples
+    probabilities = guesses(labels, 0)
+    for index, (first, second) in {3: (0.5, 0.49), 8: (0.6, 0.3)}.items():
+        probabilities[index] = 0.001
+        probabilities[index, (labels[index] + 1) % 10], probabilities[index, labels[index]] = first, second
+    figure = figures.hardest(images, labels, probabilities, CLASSES, most=3)
+    words_of = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert words_of[0] == ["✗ 4 (50.0%)", "or 3 (49.0%)?\nis 3"]
+    assert words_of[1] == ["✗ 9 (60.0%)", "or 8 (30.0%)?\nis 8"]
+    assert not words_of[2][0].startswith("✗") and "1 of these 3 right" in words(figure)
+
+
+def test_calibration_by_hand_and_of_a_calibrated_model(seed):
+    labels = np.array([0, 0, 0, 1])
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.9, 0.1], [0.9, 0.1]])
+    mean, accuracy, count, error = figures.calibration(labels, probabilities, bins=10)
+    assert count.tolist() == [0] * 8 + [4, 0] and error == pytest.approx(0.15)
+    assert (mean[8], accuracy[8]) == pytest.approx((0.9, 0.75)) and np.isnan(mean[0])
+    probabilities = torch.randn(20000, 10).softmax(-1).numpy()
+    labels = torch.multinomial(torch.tensor(probabilities), 1)[:, 0].numpy()
+    assert figures.calibration(labels, probabilities)[3] < 0.03
+    assert figures.calibration(labels, np.eye(10)[labels])[3] == 0
+
+
+def test_reliability_tells_the_error_and_leaves_empty_bins_out(examples):
+    _, labels = examples
+    probabilities = guesses(labels, 7)
+    error = figures.calibration(labels, probabilities)[3]
+    figure = figures.reliability(labels, probabilities)
+    assert f"expected calibration error {100 * error:.2f}%" in words(figure)
+
+
+def test_robustness_shows_every_curve_and_example():
+    pictures = {name: np.zeros((3, 1, 8, 8), np.uint8) for name in curves()}
+    figure = figures.robustness(curves(), pictures)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == list(curves())
+    assert all(len(axes.child_axes) == 3 for axes in figure.axes)
+    assert all([text.get_text() for text in axes.texts] == ["90", "50", "10"] for axes in figure.axes)
+
+
+def test_the_colours_of_errors_grow_darker_in_grey_print():
+    grey = figures.ERRORS(np.linspace(0, 1, 64))[:, :3] @ (0.299, 0.587, 0.114)
+    assert (np.diff(grey) < 0).all()

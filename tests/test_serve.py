@@ -1,0 +1,298 @@
+"""serve.py: what the page answers, and the page itself in a real browser where there is one."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import checkpoint
+import data
+import serve
+from errors import UserError
+from mamba_ssm_simple import VisionMamba2
+from trained import TrainedModel
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "checkpoints" / "vision_mamba2_mnist.pt"
+CONFIG = {"d_model": 16, "num_blocks": 2, "patch_size": 2, "d_state": 4}
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+MISSING = [name for name, there in (
+    ("chromium", CHROMIUM), ("chromedriver", DRIVER), ("selenium", importlib.util.find_spec("selenium")),
+    ("gradio", importlib.util.find_spec("gradio"))) if not there]
+needs_browser = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+STROKES = {  # in fractions of the canvas
+    "1": [(0.5, 0.15), (0.5, 0.5), (0.5, 0.85)],
+    "7": [(0.25, 0.2), (0.75, 0.2), (0.6, 0.5), (0.45, 0.85)],
+    "0": [(0.5, 0.15), (0.3, 0.3), (0.27, 0.5), (0.3, 0.7), (0.5, 0.85), (0.7, 0.7), (0.73, 0.5), (0.7, 0.3),
+          (0.5, 0.15)],
+}
+
+
+@pytest.fixture
+def tiny(tmp_path) -> TrainedModel:
+    """A small untrained model for scikit-learn's digits, saved in checkpoints/tiny.pt."""
+    entry = data.DATASETS["digits"]
+    path = tmp_path / "checkpoints" / "tiny.pt"
+    checkpoint.save(path, {
+        "architecture": "mamba", "config": CONFIG, "model": VisionMamba2(**CONFIG).state_dict(),
+        "dataset": {"name": "digits", "classes": list(entry.classes), "mean": list(entry.mean),
+                    "std": list(entry.std)},
+        "epoch": 0, "metrics": {}, "settings": {"run_name": "tiny"}})
+    return TrainedModel(path, torch.device("cpu"), tmp_path, tmp_path)
+
+
+def canvas(points: list[tuple[float, float]], size: int = 280) -> str:
+    """What the page sends of a drawing."""
+    image = Image.new("RGBA", (size, size), "black")
+    if points:
+        ImageDraw.Draw(image).line([(x * size, y * size) for x, y in points], fill="white", width=22)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def prediction(answer: str) -> str:
+    return re.search(r'id="prediction">([^<]*)<', answer)[1]
+
+
+def said(answer: str) -> str:
+    """The one line of an answer that shows no prediction."""
+    assert "prediction" not in answer
+    return re.search(r'id="message">([^<]*)</p>', answer)[1]
+
+
+def test_a_drawing_is_answered_with_probabilities_and_maps(tiny, seed):
+    answer = serve.Answers(tiny).drawing(canvas(STROKES["7"]))
+    assert prediction(answer) in set("0123456789")
+    assert answer.count('class="bar') - answer.count('class="bars') == 10
+    assert answer.count("<img") == 3 and "block 1 →" in answer and "block 2 ↓" in answer
+    shown = [float(value) for value in re.findall(r"<span>([\d.]+)%</span></div>", answer)]
+    assert sum(shown) == pytest.approx(100, abs=1)
+
+
+@pytest.mark.parametrize("sent", ["", "hello", "data:image/png;base64,", "data:image/png;base64,AAAA",
+                                  "data:image/png;base64,!!!!"])
+def test_what_is_no_drawing_is_one_line(tiny, sent):
+    assert "did not arrive" in said(serve.Answers(tiny).drawing(sent))
+
+
+def test_an_empty_canvas_is_one_line(tiny):
+    assert "draw a digit" in said(serve.Answers(tiny).drawing(canvas([])))
+
+
+def bad_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """{name: (path, what is said of it)}"""
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.png").write_text("seven")
+    Image.new("1", (10000, 10000)).save(folder / "huge.png")
+    Image.new("L", (60, 60), 9).save(folder / "even.png")
+    return {name: (folder / name, says) for name, says in (
+        ("empty.png", "cannot be read"), ("text.png", "cannot be read"), ("huge.png", "64 megapixels"),
+        ("even.png", "no digit"))}
+
+
+def test_bad_files_are_one_line_and_good_ones_come_back(tiny, tmp_path):
+    answers = serve.Answers(tiny)
+    for name, (path, says) in bad_files(tmp_path).items():
+        answer, image = answers.file(path, name)
+        assert says in said(answer) and name in said(answer) and str(tmp_path) not in answer and image is None
+    Image.open(io.BytesIO(base64.b64decode(canvas(STROKES["1"]).split(",")[1]))).save(tmp_path / "one.png")
+    answer, image = answers.file(tmp_path / "one.png", "one.png")
+    assert prediction(answer) and image.shape == (1, 1, 8, 8)
+    number, url = serve.canvas_value(image).split()
+    assert number.isdecimal() and url.startswith("data:image/png;base64,")
+
+
+def test_random_and_hard_digits_tell_the_truth(tiny):
+    answers = serve.Answers(tiny)
+    for digit in (answers.random_digit, answers.hard_digit, answers.hard_digit):
+        answer, image = digit()
+        assert image.shape == (1, 1, 8, 8) and ("✓" in answer or "✗ it is" in answer)
+    assert len(answers.hardest) == serve.HARDEST
+    test = tiny.dataset.test
+    to_truth = torch.from_numpy(tiny.probabilities(test.images)).gather(1, test.labels[:, None])[:, 0]
+    assert to_truth[answers.hardest[0]] == pytest.approx(to_truth.min().item(), abs=1e-6)
+
+
+def test_many_at_once_get_their_own_answers(tiny, seed):
+    answers = serve.Answers(tiny)
+    drawings = [canvas(points) for points in STROKES.values()] * 4
+
+    def stable(answer: str) -> str:
+        return re.sub(r"answered in \d+ ms", "", answer)
+
+    alone = [stable(answers.drawing(drawing)) for drawing in drawings]
+    together: dict[int, str] = {}
+    threads = [threading.Thread(target=lambda i=i: together.update({i: stable(answers.drawing(drawings[i]))}))
+               for i in range(len(drawings))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[i] for i in range(len(drawings))] == alone
+
+
+def test_an_answer_takes_less_than_a_tenth_of_a_second(tiny):
+    """Of a model as large as the default one, at MNIST's 7×7 tokens."""
+    tiny.model = VisionMamba2().eval()
+    tiny.shape = (1, 28, 28)
+    answers, seconds = serve.Answers(tiny), []
+    for _ in range(15):
+        started = time.perf_counter()
+        answers.drawing(canvas(STROKES["0"]))
+        seconds.append(time.perf_counter() - started)
+    assert statistics.median(seconds) < 0.1
+
+
+def test_a_port_in_use_a_missing_package_and_a_colour_model_are_one_line(tiny, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=f"port {port} .* choose another by --port"):
+            serve.check_port(port)
+    serve.check_port(port)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs Gradio; run: pip install -r requirements-demo.txt"):
+        serve.serve(tiny, port, browser=False)
+    tiny.shape = (3, 8, 8)
+    with pytest.raises(UserError, match="colour"):
+        serve.serve(tiny, port, browser=False)
+
+
+# ---- In a browser
+
+
+class Page:
+    """The page served by `demo_mamba.py --serve`, open in Chromium with no way to the internet."""
+
+    def __init__(self, model: Path, data_dir: Path, folder: Path):
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.server = subprocess.Popen(
+            [sys.executable, ROOT / "demo_mamba.py", "--serve", "--no-show", "--device", "cpu",
+             "--port", str(port), "--checkpoint", model, "--data-dir", data_dir,
+             "--runs-dir", folder / "runs"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+        self.printed = self.server.stdout.readline()
+        assert f"http://127.0.0.1:{port}" in self.printed
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+                     "--window-size=1100,800", "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1",
+                     f"--user-data-dir={folder / 'profile'}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        self.driver = webdriver.Chrome(options, Service(DRIVER))
+        self.driver.get(f"http://127.0.0.1:{port}")
+        self.wait(lambda: self.driver.find_elements("id", "canvas"))
+
+    def wait(self, condition, seconds: float = 20):
+        """Ask `condition` until it is true; returns what it gave."""
+        end = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < end, f"waited in vain; the page says: {self.text()}"
+            time.sleep(0.05)
+        return found
+
+    def text(self) -> str:
+        return self.driver.execute_script("return document.getElementById('answer').innerText")
+
+    def read(self, name: str) -> str:
+        return self.driver.execute_script(
+            "return document.getElementById(arguments[0])?.innerText ?? ''", name)
+
+    def draw(self, points: list[tuple[float, float]]) -> None:
+        from selenium.webdriver.common.action_chains import ActionChains
+        pad = self.driver.find_element("id", "canvas")
+        places = [(round((x - 0.5) * pad.size["width"]), round((y - 0.5) * pad.size["height"]))
+                  for x, y in points]
+        pen = ActionChains(self.driver, duration=30)
+        pen.move_to_element_with_offset(pad, *places[0]).click_and_hold()
+        for place in places[1:]:
+            pen.move_to_element_with_offset(pad, *place)
+        pen.release().perform()
+
+    def clear(self) -> None:
+        self.driver.find_element("id", "clear").click()
+        self.wait(lambda: "draw a digit" in self.read("message"))
+
+    def foreign(self) -> list[str]:
+        """What the page asked of other hosts."""
+        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        urls = [message["params"]["request"]["url"] for message in messages
+                if message["method"] == "Network.requestWillBeSent"]
+        assert urls
+        return [url for url in urls if not url.startswith(("http://127.0.0.1:", "data:", "blob:", "chrome"))]
+
+    def close(self) -> str:
+        """What the server printed after a Ctrl-C."""
+        self.driver.quit()
+        self.server.send_signal(signal.SIGINT)
+        printed, _ = self.server.communicate(timeout=30)
+        assert self.server.returncode == 0
+        return printed
+
+
+@needs_browser
+def test_the_page_in_chromium(tiny, tmp_path):
+    """Buttons, files good and bad, an empty canvas; nothing from the internet, and the server runs on."""
+    page = Page(tiny.path, tmp_path, tmp_path)
+    try:
+        page.draw(STROKES["7"])
+        page.wait(lambda: page.read("prediction"))
+        page.clear()
+        upload = page.driver.find_element("id", "file")
+        for path, says in bad_files(tmp_path).values():
+            upload.send_keys(str(path))
+            page.wait(lambda name=path.name, says=says: name in page.text() and says in page.text())
+        Image.new("L", (50, 50), 255).save(tmp_path / "paper.png")
+        with Image.open(tmp_path / "paper.png") as paper:
+            ImageDraw.Draw(paper).line([(20, 10), (20, 40)], fill=0, width=5)
+            paper.save(tmp_path / "one.png")
+        upload.send_keys(str(tmp_path / "one.png"))
+        page.wait(lambda: page.read("prediction"))
+        page.clear()
+        for button in ("random", "hard"):
+            page.driver.find_element("id", button).click()
+            page.wait(lambda: "✓" in page.text() or "it is" in page.text())
+            page.clear()
+        assert page.foreign() == []
+    finally:
+        printed = page.close()
+    assert printed.strip() == "stopped"
+
+
+@needs_browser
+@pytest.mark.skipif(not SHIPPED.is_file(), reason=f"{SHIPPED.name} is not there")
+def test_handwriting_is_recognised_in_chromium(tmp_path):
+    page = Page(SHIPPED, ROOT / "data", tmp_path)
+    try:
+        for digit, points in STROKES.items():
+            page.draw(points)
+            page.wait(lambda digit=digit: page.read("prediction") == digit)
+            assert re.search(r"answered in \d+ ms", page.read("took"))
+            page.clear()
+        assert page.foreign() == []
+    finally:
+        page.close()
