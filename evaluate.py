@@ -129,8 +129,13 @@ def count_multiply_adds(model: nn.Module, images: Tensor) -> int:
         b, l, e = u
         return 2 * 3 * b * l * e * A[1]
 
-    with torch.no_grad(), FlopCounterMode(
-            display=False, custom_mapping={torch.ops.vision_mamba2.selective_scan: scan}) as counter:
+    def convolution(x, weight, *rest, out_shape=None, **kwargs) -> int:  # (b, l, e), (e, 1, w)
+        b, l, e = x
+        return 2 * b * l * e * weight[2]
+
+    operators = torch.ops.vision_mamba2
+    ours = {operators.selective_scan: scan, operators.causal_conv_silu: convolution}
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ours) as counter:
         model(images)
     return counter.get_total_flops() // 2
 

@@ -95,14 +95,14 @@ def check(path: Path) -> None:
 
 def _convert(classifier: nn.Module, images: Tensor):
     """The ONNX program of `classifier` for any batch size."""
-    from onnx_scan import translate  # here, because onnxscript is optional
+    from onnx_scan import TRANSLATIONS  # here, because onnxscript is optional
     try:
         with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             return torch.onnx.export(
                 classifier, (images,), dynamo=True, verbose=False, input_names=["images"],
                 output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),
-                custom_translation_table={torch.ops.vision_mamba2.selective_scan.default: translate})
+                custom_translation_table=TRANSLATIONS)
     except Exception as error:  # the exporter has dozens of ways to say that it cannot
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"PyTorch {torch.__version__} cannot export this model ({type(error).__name__}: "

@@ -1,9 +1,10 @@
-"""The selective scan in ONNX: its Scan operator walks over time and carries the state, as reference.py does.
+"""Our operators in ONNX: its Scan operator walks over time and carries the state, as reference.py does.
 
 Needs onnxscript, which is optional; import this module where it is used.
 """
 
 import onnxscript
+import torch
 from onnxscript import FLOAT
 from onnxscript import opset18 as op
 
@@ -30,11 +31,21 @@ def selective_scan(u: FLOAT, delta: FLOAT, A: FLOAT, B: FLOAT, C: FLOAT, D: FLOA
     return out, last
 
 
-def translate(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save, implementation):
-    """The three outputs of the operator vision_mamba2::selective_scan, for torch.onnx.export.
+def convolution(x, weight, bias, implementation):
+    """The operator vision_mamba2::causal_conv_silu: x (b, l, e), weight (e, 1, w) → (b, l, e)."""
+    image = op.Conv(op.Transpose(x, perm=[0, 2, 1]), weight, bias, group=weight.shape[0],
+                    pads=[weight.shape[2] - 1, 0])
+    return op.Transpose(image * op.Sigmoid(image), perm=[0, 2, 1])
 
-    The model always has D, gate, bias and softplus. The third output, checkpoints for a backward, is empty.
-    """
+
+def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save, implementation):
+    """The operator vision_mamba2::selective_scan, its three outputs. The model always has D, gate, bias and
+    softplus; the checkpoints for a backward are empty."""
     out, last = selective_scan(u, delta, A, B, C, D, z, delta_bias)
     last = op.Transpose(last, perm=[0, 2, 1])
     return out, last, op.Slice(op.Unsqueeze(last, [1]), [0], [0], [1])
+
+
+# For torch.onnx.export: how to write the operators that ONNX does not know (the model's import made them).
+TRANSLATIONS = {torch.ops.vision_mamba2.causal_conv_silu.default: convolution,
+                torch.ops.vision_mamba2.selective_scan.default: scan}

@@ -299,7 +299,7 @@ def test_predict_gives_every_probability_and_leaves_the_mode():
 def test_multiply_adds_are_those_of_the_layers():
     e, n, w, r, tokens = 32, 4, 4, 1, 16
     stem = 16 * 9 * tokens
-    mixer = tokens * (16 * 2 * e + e * (r + 2 * n) + r * e + e * 16 + 3 * e * n) + (tokens + w - 1) * e * w
+    mixer = tokens * (16 * 2 * e + e * (r + 2 * n) + r * e + e * 16 + 3 * e * n + e * w)
     counted = evaluate.count_multiply_adds(evaluate.rebuild(contents(), "cpu"), torch.zeros(1, 1, 8, 8))
     assert counted == stem + mixer + 16 * 10
 
