@@ -172,7 +172,7 @@ def memory_reach(shares: Sequence[ArrayLike], names: Sequence[str]) -> Figure:
 @styled
 def state_frames(image: ArrayLike, grid: tuple[int, int], states: Sequence[ArrayLike],
                  orders: Sequence[ArrayLike], lengths: Sequence[int], names: Sequence[str],
-                 most: int = 60) -> list[Image.Image]:
+                 most: int = 48) -> list[Image.Image]:
     """The state filling up token by token, as frames of an animation.
 
     image     (C, H, W) uint8
@@ -180,10 +180,10 @@ def state_frames(image: ArrayLike, grid: tuple[int, int], states: Sequence[Array
     states    a list, one for each scan, of (tokens, e, n): h after each token in reading order
     most      frames; of more tokens only some are shown
 
-    For each scan: the image with the tokens not yet read darkened, its state (states down, channels along),
-    and how large the state has been. The colours of a state are scaled by the largest value it reaches.
+    For each scan, four at most: the image with the tokens not yet read darkened, its state (states down,
+    channels along), and how large the state has been. The colours of a state are scaled to its own values.
     """
-    image, chosen = np.asarray(image), _evenly(len(states), 8)
+    image, chosen = np.asarray(image), _evenly(len(states), 4)
     states = [np.asarray(states[scan], np.float32) for scan in chosen]
     channels = _evenly(states[0].shape[1], 64)  # all of them would be narrower than a pixel
     orders, lengths, names = ([values[scan] for scan in chosen] for values in (orders, lengths, names))

@@ -136,7 +136,7 @@ def test_many_blocks_and_long_sequences_are_thinned_out(seed):
     figure = explain.draw(images, scans)["delta.png"]
     assert sum(bool(axes.get_title()) for axes in figure.axes) == scan_figures.MOST_SCANS
     assert "12 of 13 scans" in "".join(text.get_text() for text in figure.texts)
-    assert len(explain.animate(images, scans[:1], 0)) == 60
+    assert len(explain.animate(images, scans[:1], 0)) == 48
 
 
 def test_the_heat_grows_lighter_in_grey_print():
