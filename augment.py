@@ -1,6 +1,6 @@
 """Pixels on their way to the model: scaled, normalised, and moved at random while training.
 
-    images = normalize(random_affine(images, generator), dataset.mean, dataset.std)
+    images = normalize(augment(images, "affine", generator), dataset.mean, dataset.std)
 
 Every function takes a batch on any device and never waits for it. Shapes: b images, C channels, H height,
 W width.
@@ -13,6 +13,33 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+KINDS = ("none", "affine", "elastic")
+
+
+def augment(images: Tensor, kind: str, generator: torch.Generator, strength: float = 1.0,
+            flip: bool = False, erase: float = 0.0) -> Tensor:
+    """What training does to a batch before it is normalised: (b, C, H, W) uint8 → float32 in [0, 1].
+
+    kind       "none"; "affine": `random_affine`; "elastic": that and, in the same sampling, `elastic_field`
+    generator  on the images' device
+    strength   multiplies the range of every movement
+    flip       whether images are mirrored at random, too, unless `kind` is "none"
+    erase      the fraction of the images that `random_erase` takes a rectangle from
+
+    Raises ValueError for another kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"there is no augmentation {kind!r}; choose from {', '.join(KINDS)}")
+    images = to_unit(images)
+    if kind != "none":
+        b, _, height, width = images.shape
+        field = elastic_field(b, height, width, generator, 0.04 * strength) if kind == "elastic" else None
+        images = random_affine(images, generator, 10 * strength, 0.1 * strength,
+                               (1 - 0.1 * strength, 1 + 0.1 * strength), 5 * strength, field)
+        if flip:
+            images = random_flip(images, generator)
+    return random_erase(images, generator, erase) if erase else images
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -37,7 +64,8 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def random_affine(images: Tensor, generator: torch.Generator, degrees: float = 10, translate: float = 0.1,
-                  scale: tuple[float, float] = (0.9, 1.1), shear: float = 5) -> Tensor:
+                  scale: tuple[float, float] = (0.9, 1.1), shear: float = 5,
+                  field: Tensor | None = None) -> Tensor:
     """Each image sheared, rotated, scaled about its centre and moved, all by random amounts of its own.
 
     images     (b, C, H, W) uint8, or float32 in [0, 1]
@@ -46,6 +74,7 @@ def random_affine(images: Tensor, generator: torch.Generator, degrees: float = 1
     translate  shift in x and in y is uniform in [-translate, translate], a fraction of W and of H
     scale      zoom is uniform between the two
     shear      horizontal shear is uniform in [-shear, shear], in degrees
+    field      (2, b, H, W), how far in x and in y, in pixels, each pixel is fetched from besides
 
     Returns (b, C, H, W) float32 in [0, 1], sampled bilinearly. What comes from outside the image is 0,
     the background before normalisation and grey after it: augment first, then normalise.
@@ -67,5 +96,45 @@ def random_affine(images: Tensor, generator: torch.Generator, degrees: float = 1
     cos, sin = torch.cos(angle) / zoom, torch.sin(angle) / zoom
     x, y = cos * x + sin * y, cos * y - sin * x  # (b, H, W)
     x = x - slant * y
+    if field is not None:
+        x, y = x + field[0], y + field[1]
     grid = torch.stack([2 * x / width, 2 * y / height], dim=-1)  # (b, H, W, 2), -1 and 1 at the edges
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def elastic_field(b: int, height: int, width: int, generator: torch.Generator, strength: float = 0.04,
+                  smoothness: float = 1 / 7) -> Tensor:
+    """Random smooth displacements, in pixels, (2, b, H, W) float32 on the generator's device.
+
+    White noise behind a Gaussian blur (Simard, Steinkraus and Platt, ICDAR 2003, section 2).
+
+    strength    standard deviation of a displacement, a fraction of the image's side; theirs is about 0.05
+    smoothness  standard deviation of the Gaussian, likewise; theirs is 4 pixels of 29
+    """
+    field = torch.randn(2, b, height, width, generator=generator, device=generator.device)
+    for dim, size in ((2, height), (3, width)):
+        # Around the edge, a product of a circulant matrix, so that the variance is the same everywhere.
+        place = torch.arange(size, device=generator.device)
+        distance = (place[:, None] - place).abs()
+        distance = torch.minimum(distance, size - distance) / (smoothness * size)
+        blur = torch.exp(-0.5 * distance**2)                                      # (size, size)
+        blur = blur / blur[0].square().sum().sqrt()
+        field = (blur @ field.transpose(2, dim)).transpose(2, dim)
+    return strength * math.sqrt(height * width) * field
+
+
+def random_erase(images: Tensor, generator: torch.Generator, probability: float) -> Tensor:
+    """A rectangle of 2 to 20% of the area taken out of a fraction of the images (arXiv 1708.04896).
+
+    images (b, C, H, W) float32 in [0, 1]; what is taken out becomes 0, the background before normalisation.
+    """
+    b, _, height, width = images.shape
+    device = images.device
+    chosen, area, aspect, down, right = torch.rand(5, b, 1, 1, generator=generator, device=device)
+    area = (0.02 + 0.18 * area) * height * width
+    aspect = torch.exp((2 * aspect - 1) * math.log(3))
+    half_height, half_width = (area * aspect).sqrt() / 2, (area / aspect).sqrt() / 2
+    y = torch.arange(height, device=device)[:, None] + 0.5 - down * height
+    x = torch.arange(width, device=device) + 0.5 - right * width
+    inside = (y.abs() < half_height) & (x.abs() < half_width) & (chosen < probability)  # (b, H, W)
+    return images.masked_fill(inside[:, None], 0)

@@ -12,7 +12,8 @@ A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionarie
     settings      the command line it was trained with
 
 <run-name>.last.pt has, for train_mamba.py to go on from, also the states of optimizer, scaler, rng and
-augmentation, and how far the run is: step, best_accuracy, sums, images and seconds of the epoch begun.
+augmentation, averaged (the state_dict of the weights' average, or None), and how far the run is: step,
+best_accuracy, sums, images and seconds of the epoch begun.
 The learning rate's schedule is a function of step. <run-name>.last.pt.previous is the one before.
 
 The file is what torch.save writes, a zip archive, and ends in an archive comment with the format's number

@@ -22,8 +22,8 @@ class RunLog:
     """Writes one run's metrics and pictures. Use it by `with`, which writes out what is still in memory.
 
     metrics.jsonl holds one JSON object an epoch: epoch (from 1), train_loss, train_accuracy, val_loss,
-    val_accuracy, test_accuracy (fractions), learning_rate (of the last step), and of its training
-    images_per_second and seconds.
+    val_accuracy, test_accuracy (fractions; null where --train-on-all leaves them out), learning_rate (of the
+    last step), and of its training images_per_second and seconds.
     """
 
     def __init__(self, folder: Path, first_epoch: int, first_step: int) -> None:
@@ -62,8 +62,10 @@ class RunLog:
     def epoch(self, step: int, metrics: dict) -> None:
         """Append one epoch's metrics; `step` is where they belong in TensorBoard."""
         for name in ("train_accuracy", "val_accuracy", "test_accuracy"):
-            self.writer.add_scalar(f"accuracy/{name.removesuffix('_accuracy')}", metrics[name], step)
-        self.writer.add_scalar("val/loss", metrics["val_loss"], step)
+            if metrics[name] is not None:
+                self.writer.add_scalar(f"accuracy/{name.removesuffix('_accuracy')}", metrics[name], step)
+        if metrics["val_loss"] is not None:
+            self.writer.add_scalar("val/loss", metrics["val_loss"], step)
         self.writer.add_scalar("speed/images_per_second", metrics["images_per_second"], step)
         try:
             with self.path.open("a") as file:
@@ -96,7 +98,8 @@ class RunLog:
         """The run's settings beside its final metrics (TensorBoard's HParams tab)."""
         plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
                  for name, value in settings.items()}
-        results = {f"final/{name}": value for name, value in metrics.items() if name.endswith("accuracy")}
+        results = {f"final/{name}": value for name, value in metrics.items()
+                   if name.endswith("accuracy") and value is not None}
         self.writer.add_hparams(plain, results, run_name=".")
 
 

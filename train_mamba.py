@@ -79,7 +79,9 @@ def argument_parser() -> ArgumentParser:
     add("--batch-size", type=positive_int, metavar="N", default=64,
         help="images a step, of all processes together")
     add("--lr", type=positive_float, metavar="RATE", default=1e-3,
-        help="peak learning rate of AdamW, after a linear warm-up and before a cosine to a hundredth of it")
+        help="peak learning rate of AdamW, after a warm-up and before a cosine to a hundredth of it")
+    add("--warm-up", type=whole, metavar="STEPS", default=None,
+        help="steps over which the rate rises linearly (None: a twentieth of all, at most 500)")
     add("--weight-decay", type=non_negative_float, metavar="RATE", default=0.05,
         help="of AdamW, on matrices alone: none on A_log, D, biases and norms")
     add("--model", choices=ARCHITECTURES, default="mamba",
@@ -98,10 +100,21 @@ def argument_parser() -> ArgumentParser:
         help="read both ways in every block; a transformer does so anyway")
     add("--permute-seed", type=seed, metavar="N", default=None,
         help="show the pixels of every image in one fixed random order, a function of N (None: as they lie)")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True,
-        help="random shifts, turns, zooms and shears of the training images; random crops of streamed ones")
+    add("--drop-path", type=fraction, metavar="RATE", default=0.0,
+        help="how often an image goes past the last block in training, past earlier ones less often")
+    add("--augment", choices=augment.KINDS, default="affine",
+        help="what is done to the training images; affine: random shifts, turns, zooms and shears; elastic: "
+        "these and a smooth random warp; streamed images: random crops, whichever it is")
+    add("--no-augment", action="store_const", dest="augment", const="none", default=argparse.SUPPRESS,
+        help="the same as --augment none (default: off)")
     add("--flip", action=argparse.BooleanOptionalAction, default=None,
-        help="with --augment: mirror training images at random (None: for fashion-mnist and CIFAR)")
+        help="mirror training images at random, unless --augment is none (None: for fashion-mnist and CIFAR)")
+    add("--augment-strength", type=non_negative_float, metavar="FACTOR", default=1.0,
+        help="multiplies the range of all these movements")
+    add("--erase", type=fraction, metavar="RATE", default=0.0,
+        help="fraction of the training images that lose a random rectangle")
+    add("--ema", type=fraction, metavar="DECAY", default=0.0,
+        help="evaluate and keep the exponential moving average of the weights, 0.999 say (0: the weights)")
     add("--seed", type=seed, metavar="N", default=0, help="of weights, order and augmentation")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="auto is CUDA where there is one, else the CPU")
@@ -112,6 +125,9 @@ def argument_parser() -> ArgumentParser:
         help="mixed precision of matrix products; auto is bf16 on CUDA and off elsewhere")
     add("--limit-train", type=positive_int, metavar="N", default=None,
         help="use only the first N training images (None: all)")
+    add("--train-on-all", action=argparse.BooleanOptionalAction, default=False,
+        help="for a recipe that is chosen already: train on the validation images, too, keep the last epoch "
+        "and tell the test accuracy once, after it")
     add("--run-name", metavar="NAME", default=None,
         help="names the run's folder and checkpoints (None: dataset, date and time)")
     add("--runs-dir", type=Path, metavar="DIR", default=Path("runs"),
@@ -141,6 +157,8 @@ def number(kind: type, what: str, fits: Callable[[float], bool]) -> Callable[[st
 positive_int = number(int, "a whole number from 1 to a billion", lambda value: 1 <= value <= 10**9)
 positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 non_negative_float = number(float, "a number from 0 on", lambda value: 0 <= value < math.inf)
+fraction = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+whole = number(int, "a whole number from 0 to a billion", lambda value: 0 <= value <= 10**9)
 power_of_two = number(int, "a power of two: 1, 2, 4, ...", lambda value: value in {2**i for i in range(16)})
 interval = number(str, "steps, such as 500, or seconds, such as 300s",
                   lambda value: re.fullmatch(r"0*[1-9]\d{0,8}s?", value, re.ASCII) is not None)
@@ -232,8 +250,8 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     check_model(settings)
     dataset = distributed.first_alone(
         lambda: data.load(settings.dataset, settings.data_dir, device, settings.limit_train,
-                          settings.image_size, settings.memory_budget, settings.workers, settings.augment,
-                          settings.flip))
+                          settings.image_size, settings.memory_budget, settings.workers,
+                          settings.augment != "none", settings.flip, hold_out=not settings.train_on_all))
     if resumed and list(resumed["dataset"]["classes"]) != list(dataset.classes):
         raise UserError(f"{settings.resume} tells {data.names(resumed['dataset']['classes'])} apart, but "
                         f"{settings.data_dir} has {data.names(dataset.classes)}; give the folder that it was "
@@ -250,6 +268,7 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     folder, _, last = run_paths(settings)
     if distributed.is_writer() and not resumed:  # so that what there is of a run can always be gone on with
         checkpoint.save(last, {**about, **training.state()})
+    training.saved = f"{last} (step {training.step})"
     log = RunLog(folder, training.epoch, training.step) if distributed.is_writer() else NoLog()
     with log, StopRequest() as stop:
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -285,7 +304,7 @@ def build_model(settings: argparse.Namespace, num_classes: int, in_channels: int
               "num_blocks": settings.num_blocks, "in_channels": in_channels,
               "patch_size": settings.patch_size, "scan": settings.scan,
               "d_state": settings.d_state, "bidirectional": settings.bidirectional,
-              "permute_seed": settings.permute_seed}
+              "permute_seed": settings.permute_seed, "drop_path": settings.drop_path}
     try:
         config = matched_config(settings.model, config)
         model = ARCHITECTURES[settings.model](**config).to(device)
@@ -298,9 +317,32 @@ def build_model(settings: argparse.Namespace, num_classes: int, in_channels: int
     return config, model
 
 
+def evaluation(training: Training) -> tuple[dict, Tensor | None]:
+    """The metrics of the epoch just finished, and the class probabilities of the test images.
+
+    With --train-on-all there are no validation images, and the test set waits for the last epoch.
+    """
+    settings, dataset = training.settings, training.dataset
+    val = test = None
+
+    def predict(split: data.Split) -> Tensor:
+        return distributed.compute_in_parts(lambda *part: evaluate.predict(
+            training.evaluated, data.Split(*part), dataset, training.device), *split)
+
+    if not settings.train_on_all:
+        val = predict(dataset.val)
+    if not settings.train_on_all or training.epoch == settings.epochs:
+        test = val if dataset.test is dataset.val else predict(dataset.test)
+    return {"epoch": training.epoch, **training.summary(),
+            "val_loss": None if val is None else negative_log_likelihood(val, dataset.val.labels),
+            "val_accuracy": None if val is None else accuracy(val, dataset.val.labels),
+            "test_accuracy": None if test is None else accuracy(test, dataset.test.labels),
+            "images_per_second": training.images / training.seconds, "seconds": training.seconds}, test
+
+
 def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> None:
     """Train to the last epoch or, with exit status 130, to where a stop was asked for. Saves either way."""
-    settings, model, dataset, device = training.settings, training.model, training.dataset, training.device
+    settings, model, dataset = training.settings, training.evaluated, training.dataset
     _, best, last = run_paths(settings)
 
     def save() -> None:
@@ -308,45 +350,42 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
             return
         log.flush()  # what is logged of the steps until now must not be lost with the process
         checkpoint.save(last, {**about, **training.state()}, keep_previous=True)
+        training.saved = f"{last} (step {training.step})"
 
-    def predict(split: data.Split) -> Tensor:
-        return distributed.compute_in_parts(
-            lambda *part: evaluate.predict(model, data.Split(*part), dataset, device), *split)
-
-    examples = dataset.val.images[explain.one_of_each_class(dataset.val.labels)][:].to(device)
+    examples = dataset.train if settings.train_on_all else dataset.val
+    examples = examples.images[explain.one_of_each_class(examples.labels)][:].to(training.device)
     while training.epoch < settings.epochs:
         finished = training.run_epoch(log, stop, save)
         if finished:
-            val = predict(dataset.val)
-            test = val if dataset.test is dataset.val else predict(dataset.test)
-            training.metrics = metrics = {
-                "epoch": training.epoch, **training.summary(),
-                "val_loss": negative_log_likelihood(val, dataset.val.labels),
-                "val_accuracy": accuracy(val, dataset.val.labels),
-                "test_accuracy": accuracy(test, dataset.test.labels),
-                "images_per_second": training.images / training.seconds, "seconds": training.seconds}
-            training.check_finite(metrics["val_loss"])
+            metrics, test = evaluation(training)
+            training.metrics = metrics
+            training.check_finite(metrics["train_loss"] if settings.train_on_all else metrics["val_loss"])
             log.epoch(training.step, metrics)
-            log.test(training.step, dataset.test, test, dataset.classes)
+            if test is not None:
+                log.test(training.step, dataset.test, test, dataset.classes)
             if explain.has_scan(model):
                 log.scans(training.step, examples, explain.record(
                     model, augment.normalize(examples, dataset.mean, dataset.std)))
-            if metrics["val_accuracy"] > training.best_accuracy:
-                training.best_accuracy = metrics["val_accuracy"]
+            # Without validation images the last epoch is the one that counts.
+            chosen_by = training.epoch if settings.train_on_all else metrics["val_accuracy"]
+            if chosen_by > training.best_accuracy:
+                training.best_accuracy = chosen_by
                 if distributed.is_writer():
                     checkpoint.save(best, {**about, "model": model.state_dict(), "epoch": training.epoch,
                                            "metrics": metrics})
         save()
         if finished:
+            accuracies = "".join(f"{name} {metrics[key]:.2%}  " for name, key in (
+                ("validation", "val_accuracy"), ("test", "test_accuracy")) if metrics[key] is not None)
             distributed.say(f"epoch {training.epoch:{len(str(settings.epochs))}}/{settings.epochs}  "
-                            f"loss {metrics['train_loss']:.4f}  validation {metrics['val_accuracy']:.2%}  "
-                            f"test {metrics['test_accuracy']:.2%}  {training.seconds:.0f} s")
+                            f"loss {metrics['train_loss']:.4f}  {accuracies}{training.seconds:.0f} s")
         if (stop.asked_of_any(finished) or not finished) and training.epoch < settings.epochs:
             where = f"after epoch {training.epoch}" if finished else f"in epoch {training.epoch + 1}"
             distributed.say(f"stopped {where}; go on with: python train_mamba.py --resume {last}")
             sys.exit(130)
     log.hparams(about["settings"], training.metrics)
-    distributed.say(f"best on validation: {best}\nsee it with: python demo_mamba.py --checkpoint {best}")
+    what = "last epoch" if settings.train_on_all else "best on validation"
+    distributed.say(f"{what}: {best}\nsee it with: python demo_mamba.py --checkpoint {best}")
 
 
 if __name__ == "__main__":

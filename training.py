@@ -11,6 +11,7 @@ depends on a number of Python's that changes from step to step.
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import os
 import signal
@@ -60,6 +61,15 @@ class Training:
         self.sums = torch.zeros(2, dtype=precise, device=device)
         self.images, self.seconds = 0, 0.0
         self.metrics: dict = {}  # of the last epoch finished
+        self.saved = "none yet"  # the last good checkpoint, for a person to read
+        # The weights' exponential moving average; those of batch normalisation's statistics with them.
+        self.averaged = copy.deepcopy(model).requires_grad_(False).eval() if settings.ema else None
+        self.average_weight = torch.zeros((), device=device)  # of the newest weights; a tensor as the rate is
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to evaluate and to keep: the average of the weights where one is made."""
+        return self.model if self.averaged is None else self.averaged
 
     def run_epoch(self, log: RunLog, stop: StopRequest, save: Callable[[], None]) -> bool:
         """Train to the end of the epoch; False where a stop was asked for before.
@@ -91,7 +101,7 @@ class Training:
                        else self.step % int(every) == 0)
                 if look or due:
                     value = loss.item() / len(images)  # waits for the device
-                    self.check_finite(value)
+                    self.check_finite(value, float(norm))
                     self.seconds = time.perf_counter() - started
                     log.step(self.step, value, self.summary()["learning_rate"], float(norm))
                     bar.set_postfix_str(f"loss {value:.4f}, accuracy {self.summary()['train_accuracy']:.2%}, "
@@ -106,7 +116,7 @@ class Training:
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step on images (b, C, H, W) uint8 and labels (b,); the sum of losses and the gradient norm."""
-        self.set_learning_rate()
+        self.set_rates()
         distributed.draw_apart(self.settings.seed, self.step)
         loss, norm = self.update(images, labels)
         self.images += len(labels)
@@ -115,10 +125,9 @@ class Training:
 
     def update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What the device does in a step: augment, forward, backward, clip, update, add to the sums."""
-        if self.settings.augment and not self.dataset.streamed:  # or the workers have done it
-            images = augment.random_affine(images, self.augmentation)
-            if self.settings.flip:
-                images = augment.random_flip(images, self.augmentation)
+        kind = "none" if self.dataset.streamed else self.settings.augment  # the workers have done it
+        images = augment.augment(images, kind, self.augmentation, self.settings.augment_strength,
+                                 self.settings.flip, self.settings.erase)
         images = augment.normalize(images, self.dataset.mean, self.dataset.std)
         part = distributed.part(len(labels))
         labels = labels[part.images]
@@ -131,13 +140,17 @@ class Training:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.averaged is not None:
+            average(self.averaged, self.model, self.average_weight)
         hits = (logits.argmax(1) == labels).sum()
         sums = part.total(torch.stack([loss.detach() * len(labels), hits]).to(self.sums.dtype))
         self.sums += sums
         return sums[0], norm
 
-    def set_learning_rate(self) -> None:
-        """Give the optimiser the rate of the step to come."""
+    def set_rates(self) -> None:
+        """Give the optimiser, and the average, the rate of the step to come."""
+        # An average of few steps follows faster, or it would long be that of the random weights.
+        self.average_weight.fill_(1 - min(self.settings.ema, (1 + self.step) / (10 + self.step)))
         rate = self.learning_rate()
         if isinstance(self.rate, Tensor):
             self.rate.fill_(rate)
@@ -146,18 +159,23 @@ class Training:
                 group["lr"] = rate
 
     def learning_rate(self) -> float:
-        """Linear warm-up over the first twentieth of all steps (500 at most), then a cosine."""
+        """Linear warm-up over settings.warm_up steps (a twentieth of all, 500 at most), then a cosine."""
         total = self.settings.epochs * self.steps_an_epoch
-        warm_up = min(500, max(1, total // 20))
+        warm_up = min(500, max(1, total // 20)) if self.settings.warm_up is None else self.settings.warm_up
         if self.step < warm_up:
             return self.settings.lr * (self.step + 1) / warm_up
         progress = (self.step - warm_up) / max(1, total - warm_up)
         return self.settings.lr * (LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def check_finite(self, loss: float) -> None:
-        """Raises UserError where the loss is no number any more."""
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {self.step}; begin a new run with a lower --lr than "
+    def check_finite(self, loss: float, norm: float = 0.0) -> None:
+        """Raises UserError where the loss, or the gradient's norm, is no number any more."""
+        if self.scaler.is_enabled():
+            norm = 0.0  # the scaler looks for itself, and leaves such a step out
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
+            rate = float(self.optimizer.param_groups[0]["lr"])
+            raise UserError(f"the {what} at step {self.step} with learning rate {rate:.3g}; the last good "
+                            f"state is {self.saved}; begin a new run with a lower --lr than "
                             f"{self.settings.lr:g} or with --amp off")
 
     def summary(self) -> dict:
@@ -169,6 +187,7 @@ class Training:
     def state(self) -> dict:
         """Everything that a run interrupted here needs to go on as if it had not been."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "averaged": None if self.averaged is None else self.averaged.state_dict(),
                 "scaler": self.scaler.state_dict(), "rng": rng.state(self.device),
                 "augmentation": self.augmentation.get_state(), "epoch": self.epoch, "step": self.step,
                 "best_accuracy": self.best_accuracy, "sums": self.sums, "images": self.images,
@@ -183,6 +202,8 @@ class Training:
             self.optimizer.load_state_dict(contents["optimizer"])
             for group, own in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(own)  # the kind of optimiser that this device takes, not the saved one's
+            if self.averaged is not None:
+                self.averaged.load_state_dict(contents["averaged"])
             self.scaler.load_state_dict(contents["scaler"])
             rng.restore(contents["rng"], self.device)
             self.augmentation.set_state(contents["augmentation"])
@@ -205,6 +226,24 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
              "weight_decay": weight_decay},
             {"params": [parameter for name, parameter in named if not decays(name, parameter)],
              "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def average(averaged: nn.Module, model: nn.Module, weight: Tensor) -> None:
+    """Move `averaged` towards `model`, buffers included, by the fraction `weight`: () on their device.
+
+    torch.optim.swa_utils.AveragedModel would wait for the device at every step.
+    """
+    ours, theirs = ([*module.parameters(), *module.buffers()] for module in (averaged, model))
+    moving = [ours_.is_floating_point() for ours_ in ours]
+    means, news = ([tensor for tensor, moves in zip(tensors, moving, strict=True) if moves]
+                   for tensors in (ours, theirs))
+    steps = torch._foreach_sub(news, means)
+    torch._foreach_mul_(steps, weight)
+    torch._foreach_add_(means, steps)
+    for mean, new, moves in zip(ours, theirs, moving, strict=True):
+        if not moves:  # how many batches the statistics have seen
+            mean.copy_(new)
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -108,3 +110,55 @@ def test_affine_fills_with_background():
     ones = torch.ones(8, 1, 28, 28)
     got = augment.random_affine(ones, seeded(), **STILL | {"scale": (0.5, 0.5)})
     assert got[..., 0, :].max() == 0 and got[..., 14, 14].min() > 0.999
+
+
+# ---- Elastic, erasing, and all together
+
+
+def test_a_field_has_the_strength_and_the_smoothness_it_is_asked_for(device):
+    field = augment.elastic_field(400, 24, 32, seeded(1, device), strength=0.05, smoothness=1 / 8)
+    assert field.shape == (2, 400, 24, 32)
+    pixels = 0.05 * (24 * 32) ** 0.5
+    assert torch.allclose(field.std((1,)), field.new_tensor(pixels), rtol=0.25)  # edges, too
+    assert field.std().item() == pytest.approx(pixels, rel=0.05)
+    # The autocorrelation of blurred noise: exp(−distance² / 4σ²), σ = 4 pixels along x.
+    for distance in (2, 4, 8):
+        correlation = (field[..., distance:] * field[..., :-distance]).mean() / field.square().mean()
+        assert correlation.item() == pytest.approx(math.exp(-distance**2 / 64), abs=0.06)
+
+
+def test_elastic_moves_pixels_as_its_field_says(device):
+    images = torch.rand(3, 2, 9, 11, device=device)
+    field = torch.zeros(2, 3, 9, 11, device=device)
+    field[0, 1], field[1, 2] = 2, -1
+    got = augment.random_affine(images, seeded(0, device), **STILL, field=field)
+    torch.testing.assert_close(got[0], images[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[1, :, :, :-2], images[1, :, :, 2:], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[2, :, 1:], images[2, :, :-1], atol=1e-5, rtol=0)
+
+
+def test_erasing_takes_a_rectangle_from_a_fraction_of_the_images(device):
+    images = torch.ones(2000, 1, 28, 28, device=device)
+    erased = 1 - augment.random_erase(images, seeded(2, device), 0.3)[:, 0]
+    hit = erased.flatten(1).any(1)
+    assert hit.float().mean().item() == pytest.approx(0.3, abs=0.05)
+    for mask in erased[hit][:100]:
+        rows, columns = mask.any(1), mask.any(0)
+        assert torch.equal(mask.bool(), rows[:, None] & columns), "a rectangle"
+        assert mask.sum() <= 0.25 * 28 * 28
+    assert torch.equal(augment.random_erase(images, seeded(2, device), 0.0), images)
+
+
+def test_augment_does_what_its_kind_says(device):
+    images = torch.randint(0, 256, (4, 1, 16, 16), dtype=torch.uint8, device=device)
+    still = augment.augment(images, "none", seeded(0, device))
+    assert torch.equal(still, images.float() / 255)
+    affine = augment.augment(images, "affine", seeded(0, device))
+    assert torch.equal(affine, augment.random_affine(images, seeded(0, device)))
+    elastic = augment.augment(images, "elastic", seeded(0, device))
+    assert elastic.shape == images.shape and not torch.allclose(elastic, affine)
+    assert elastic.min() >= 0 and elastic.max() <= 1
+    nothing = augment.augment(images, "elastic", seeded(0, device), strength=0.0)
+    torch.testing.assert_close(nothing, still, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="no augmentation 'shake'"):
+        augment.augment(images, "shake", seeded(0, device))

@@ -39,9 +39,10 @@ def test_a_preset_is_what_its_flags_say(preset, settings):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_flag_wins_over_every_preset(preset, settings):
-    given = settings("--epochs", 7, "--preset", preset, "--lr", 0.125, "--scan", "row", "--augment")
+    given = settings("--epochs", 7, "--preset", preset, "--lr", 0.125, "--scan", "row", "--augment", "affine")
     assert (given["epochs"], given["lr"], given["scan"]) == (7, 0.125, "row")
-    assert given["preset"] == preset and given["augment"]
+    assert given["preset"] == preset and given["augment"] == "affine"
+    assert settings("--preset", preset, "--no-augment")["augment"] == "none"
 
 
 @pytest.mark.parametrize(("preset", "most"), [("tiny", 100_000), ("best", 1_000_000), ("cifar", 4_000_000),

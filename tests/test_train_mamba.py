@@ -173,8 +173,8 @@ def test_checkpoints_are_what_checkpoint_py_documents(whole):
     assert contents["dataset"]["name"] == "digits" and contents["dataset"]["classes"] == list("0123456789")
     assert contents["settings"]["run_name"] == "run" and contents["settings"]["lr"] == 1e-2
     last = torch.load(folder / "run.last.pt", weights_only=True)
-    assert set(last) == {*checkpoint.REQUIRED, "optimizer", "scaler", "rng", "augmentation", "step",
-                         "best_accuracy", "sums", "images", "seconds"}
+    assert set(last) == {*checkpoint.REQUIRED, "optimizer", "scaler", "rng", "augmentation", "averaged",
+                         "step", "best_accuracy", "sums", "images", "seconds"}
     assert last["epoch"] == 2 and last["step"] == 2 * STEPS and last["metrics"] == read_metrics(whole)[-1]
 
 
@@ -223,7 +223,9 @@ def test_another_seed_gives_others(train, tmp_path):
 @pytest.mark.parametrize("options", [
     ["--model", "lstm", "--bidirectional"], ["--model", "transformer"], ["--scan", "row", "--bidirectional"],
     ["--amp", "bf16"],
-    ["--scan", "raster", "--patch-size", "1", "--permute-seed", "3"],
+    ["--scan", "raster", "--patch-size", "1", "--permute-seed", "3"], ["--amp", "fp16", "--ema", "0.9"],
+    ["--augment", "elastic", "--augment-strength", "1.5", "--erase", "0.5", "--drop-path", "0.3"],
+    ["--warm-up", "0", "--augment", "affine", "--no-augment"],
     ["--batch-size", "1000", "--no-augment"], ["--limit-train", "1"], ["--patch-size", "4", "--d-model", "2"],
 ], ids=" ".join)
 def test_every_kind_of_run_trains(options, train, tmp_path):
@@ -334,9 +336,32 @@ def test_ctrl_c_in_the_last_evaluation_changes_nothing(train, tmp_path):
 
 
 def test_ctrl_c_before_training_is_one_line_and_writes_nothing(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "load", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(data, "load", lambda *_, **__: signal.raise_signal(signal.SIGINT))
     assert train(*SMALL) == (130, "", "interrupted\n")
     assert not snapshot(tmp_path)
+
+
+AVERAGED = ["--epochs", 3, "--limit-train", 200, "--train-on-all", "--ema", 0.9, "--augment", "elastic",
+            "--drop-path", 0.2]
+
+
+def test_the_average_is_resumed_to_the_bit_and_the_test_set_waits_for_the_last_epoch(train, tmp_path):
+    assert train(*SMALL, *AVERAGED, "--run-name", "whole").status == 0
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_step(patch, 9)
+        assert train(*SMALL, *AVERAGED, "--run-name", "cut").status == 130
+    done = train("--resume", "checkpoints/cut.last.pt")
+    assert done.status == 0 and "last epoch: " in done.out and "validation" not in done.out
+    whole, cut = ({name: checkpoint.load(tmp_path / "checkpoints" / f"{run}{name}")
+                   for name in (".pt", ".last.pt")} for run in ("whole", "cut"))
+    assert_same(whole[".pt"]["model"], cut[".pt"]["model"], "model")
+    assert_same(whole[".pt"]["model"], whole[".last.pt"]["averaged"], "average")
+    assert not torch.equal(whole[".pt"]["model"]["head.weight"], whole[".last.pt"]["model"]["head.weight"])
+    for run in ("whole", "cut"):
+        first, second, third = read_metrics(tmp_path, run)
+        assert first["val_accuracy"] is third["val_accuracy"] is third["val_loss"] is None
+        assert first["test_accuracy"] is second["test_accuracy"] is None and third["test_accuracy"] > 0.1
+    assert whole[".pt"]["epoch"] == 3
 
 
 def test_a_finished_run_is_not_trained_again(train, whole, monkeypatch):
@@ -409,6 +434,12 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
     *((f"--checkpoint-every {wrong}", "--checkpoint-every: must be steps, such as 500, or seconds")
       for wrong in ("0", "0s", "-5", "5m", "s", "1.5s", "1000000000", "٣")),
     ("--dataset cats", "--dataset: invalid choice"),
+    ("--augment shake", "--augment: invalid choice"),
+    ("--augment-strength -1", "--augment-strength"),
+    ("--erase 1", "--erase: must be a number from 0 to below 1"),
+    ("--ema 1", "--ema"),
+    ("--drop-path 2", "--drop-path"),
+    ("--warm-up -1", "--warm-up: must be a whole number from 0"),
     ("--dataset mnist --data-dir wrong", "has the wrong checksum"),
     ("--dataset mnist --data-dir file", "choose another data folder"),
     ("--run-name ''", "--run-name ''"),
@@ -478,9 +509,11 @@ def test_a_state_that_does_not_fit_is_refused(train, whole, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(train):
-    done = train(*SMALL, "--lr", 1e30, "--run-name", "run")
+    done = train(*SMALL, "--lr", 1e30, "--warm-up", 0, "--run-name", "run")
     assert done.status == 2 and done.err.startswith("error: the loss is ") and done.err.count("\n") == 1
-    assert "lower --lr" in done.err
+    for part in ("at step 10", "with learning rate ", "is checkpoints/run.last.pt (step 0)", "lower --lr",
+                 "--amp off"):
+        assert part.replace("/", os.sep) in done.err
 
 
 FLAGS = [action.option_strings[0] for action in train_mamba.argument_parser()._actions
