@@ -27,6 +27,7 @@ import augment
 import data
 import distributed
 import rng
+from captured import CapturedStep
 from errors import UserError
 from run_log import RunLog
 
@@ -42,6 +43,8 @@ class Training:
                  device: torch.device):
         self.model, self.dataset, self.settings, self.device = model, dataset, settings, device
         self.network = distributed.wrap(model)  # in a single process the model itself
+        if settings.compile:
+            self.network = torch.compile(self.network)
         # A tensor, where the device reads it, so that a new rate is no new step to a captured CUDA graph.
         self.rate = torch.tensor(settings.lr, device=device) if device.type == "cuda" else settings.lr
         self.optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=self.rate,
@@ -56,6 +59,9 @@ class Training:
         self.best_accuracy = -1.0
         # The order of an epoch comes from seed and epoch, so that a resumed run finds it again.
         self.augmentation = torch.Generator(device).manual_seed(settings.seed)
+        # Gradient checkpointing looks at the random numbers' state, which a capture forbids.
+        captured = device.type == "cuda" and distributed.size() == 1 and not settings.gradient_checkpointing
+        self.device_step = CapturedStep(self.update, [self.augmentation]) if captured else self.update
         # Of this epoch so far: sums of loss and hits over its images, their number, seconds spent.
         precise = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2, dtype=precise, device=device)
@@ -118,7 +124,7 @@ class Training:
         """One step on images (b, C, H, W) uint8 and labels (b,); the sum of losses and the gradient norm."""
         self.set_rates()
         distributed.draw_apart(self.settings.seed, self.step)
-        loss, norm = self.update(images, labels)
+        loss, norm = self.device_step(images, labels)
         self.images += len(labels)
         self.step += 1
         return loss, norm

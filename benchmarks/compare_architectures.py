@@ -150,7 +150,11 @@ def capture(step: Step) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay(_kept: Step = step) -> None:  # the graph reads its weights and input
+        graph.replay()
+
+    return replay
 
 
 def peak_mib(step: Step) -> float:
