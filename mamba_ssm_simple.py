@@ -290,8 +290,7 @@ def to_map(x: Tensor, direction: str, shape: torch.Size) -> Tensor:
 
 
 if __name__ == "__main__":
-    import sys
-
     import self_check
+    from errors import run_script
 
-    sys.exit(self_check.main())
+    run_script(self_check.script)

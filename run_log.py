@@ -94,13 +94,13 @@ class RunLog:
         for name, figure in explain.draw(images.cpu(), scans).items():
             self.writer.add_figure(f"scan/{Path(name).stem}", figure, step)
 
-    def hparams(self, settings: dict, metrics: dict) -> None:
+    def hparams(self, step: int, settings: dict, metrics: dict) -> None:
         """The run's settings beside its final metrics (TensorBoard's HParams tab)."""
         plain = {name: value if isinstance(value, (bool, int, float, str)) else str(value)
                  for name, value in settings.items()}
         results = {f"final/{name}": value for name, value in metrics.items()
                    if name.endswith("accuracy") and value is not None}
-        self.writer.add_hparams(plain, results, run_name=".")
+        self.writer.add_hparams(plain, results, run_name=".", global_step=step)
 
 
 class NoLog(contextlib.AbstractContextManager):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor, nn
 
 from benchmarks import timing
+from errors import ArgumentParser
 from mamba_ssm_simple import VisionMamba2
 from selective_scan import available_implementations, choose_implementation, run_implementation
 
@@ -13,6 +16,12 @@ CHECK_SHAPE = (2, 37, 48, 16)   # (b, l, e, n)
 TIME_SHAPE = (16, 49, 256, 16)  # a quarter of a training batch of MNIST
 TOLERANCE = 1e-5                # ‖a − b‖ / ‖b‖ in float32, of the output and of every gradient
 REPEATS = 5
+
+
+def script() -> None:
+    """`main` as a command: no flags, and its verdict as exit status."""
+    ArgumentParser("Check the model and every selective scan on this machine, and time them.").parse_args()
+    sys.exit(main())
 
 
 def main() -> int:

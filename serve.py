@@ -29,7 +29,7 @@ import data
 import evaluate
 import explain
 from errors import UserError
-from pictures import prepare_grey, prepare_picture
+from pictures import MAX_PIXELS, prepare_grey, prepare_picture
 from trained import TrainedModel
 
 ADDRESS = "127.0.0.1"
@@ -56,6 +56,8 @@ class Answers:
         try:
             raw = base64.b64decode(picture.partition(",")[2], validate=True)
             with Image.open(io.BytesIO(raw), formats=("PNG",)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise ValueError
                 image.thumbnail((512, 512))
                 grey = np.asarray(image.convert("L"), np.float32)
         except Exception:  # whatever else than the page sent this

@@ -52,9 +52,17 @@ def parse_arguments(saved: dict | None = None) -> argparse.Namespace:
     """The command line; `saved` settings, of a run to be resumed, take the place of the defaults."""
     parser = argument_parser()
     if saved is not None:
-        return parser.parse_args(namespace=argparse.Namespace(**saved))
+        return parser.parse_args([*as_flags(saved), *sys.argv[1:]])
     parser.set_defaults(**PRESETS[parser.parse_args().preset].settings)
     return parser.parse_args()
+
+
+def as_flags(settings: dict) -> list[str]:
+    """The command line that gives these settings."""
+    return [f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}"
+            + ("" if isinstance(value, bool) else f"={'x'.join(map(str, value))}"
+               if isinstance(value, tuple | list) else f"={value}")
+            for name, value in settings.items() if value is not None]
 
 
 def argument_parser() -> ArgumentParser:
@@ -191,6 +199,10 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
         raise UserError(f"{path} holds no state of training to go on from; resume a .last.pt")
     saved = {name: Path(str(value)) if name.endswith("_dir") else value
              for name, value in resumed["settings"].items()} | {"checkpoints_dir": path.parent}
+    try:
+        argument_parser().parse_args(as_flags(saved))
+    except UserError as error:
+        raise UserError(f"the settings in {path} do not fit this version: {error}") from error
     settings = parse_arguments(saved)
     for name, value in saved.items():
         if name not in MAY_CHANGE_ON_RESUME and getattr(settings, name) != value:
@@ -375,6 +387,8 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
                 if distributed.is_writer():
                     checkpoint.save(best, {**about, "model": model.state_dict(), "epoch": training.epoch,
                                            "metrics": metrics})
+        if training.epoch == settings.epochs:  # before the run counts as finished, or a kill could lose it
+            log.hparams(training.step, about["settings"], training.metrics)
         save()
         if finished:
             accuracies = "".join(f"{name} {metrics[key]:.2%}  " for name, key in (
@@ -385,7 +399,6 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
             where = f"after epoch {training.epoch}" if finished else f"in epoch {training.epoch + 1}"
             distributed.say(f"stopped {where}; go on with: python train_mamba.py --resume {last}")
             sys.exit(130)
-    log.hparams(about["settings"], training.metrics)
     what = "last epoch" if settings.train_on_all else "best on validation"
     distributed.say(f"{what}: {best}\nsee it with: python demo_mamba.py --checkpoint {best}")
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 
 import torch
 
+import checkpoint
 from benchmarks import timing
 from errors import ArgumentParser, UserError, run_script
 
@@ -56,6 +57,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"--seeds must be at least 1, but is {arguments.seeds}")
+    if not checkpoint.is_run_name(arguments.name):
+        parser.error(f"--name must be letters, digits, - and _, but is {arguments.name!r}")
     return arguments
 
 
@@ -67,7 +70,10 @@ def train(arguments: argparse.Namespace, seed: int) -> dict:
         command = [sys.executable, str(ROOT / "train_mamba.py"), *arguments.train, "--seed", str(seed),
                    "--run-name", name, "--runs-dir", str(arguments.runs_dir),
                    "--checkpoints-dir", str(arguments.checkpoints_dir)]
-        if subprocess.run(command, cwd=ROOT).returncode != 0:
+        status = subprocess.run(command, cwd=ROOT).returncode
+        if status == 2:
+            sys.exit(2)  # it has said what is wrong
+        if status != 0:
             raise UserError(f"seed {seed} did not finish; mend what it says and run this command again")
     return {"seed": seed, **json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])}
 

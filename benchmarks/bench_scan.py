@@ -116,7 +116,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="leave out cpu_settings.py, whose memory settings speed mambapy up, too")
     parser.add_argument("--repeats", type=int, default=7,
                         help="samples of each time, of which the median counts")
-    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS,
+    parser.add_argument("--output", type=timing.output_file, default=argparse.SUPPRESS,
                         help="the JSON file (default: results/bench_scan_DEVICE.json, _plain with --plain)")
     arguments = parser.parse_args()
     if arguments.repeats < 1:

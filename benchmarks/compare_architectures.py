@@ -239,7 +239,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="keep what the JSON file has of other sizes, measured on the same machine")
     parser.add_argument("--repeats", type=int, default=7,
                         help="samples of each time, of which the median counts")
-    parser.add_argument("--output", type=Path, default=argparse.SUPPRESS,
+    parser.add_argument("--output", type=timing.output_file, default=argparse.SUPPRESS,
                         help="the JSON file (default: results/compare_architectures_DEVICE.json)")
     arguments = parser.parse_args()
     if arguments.repeats < 1:

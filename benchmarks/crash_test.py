@@ -73,8 +73,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments of the kills")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", metavar="DIR",
                         help="where MNIST is kept")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "crash_test.json", metavar="FILE",
-                        help="the JSON file")
+    parser.add_argument("--output", type=timing.output_file, default=ROOT / "results" / "crash_test.json",
+                        metavar="FILE", help="the JSON file")
     arguments = parser.parse_args()
     if arguments.kills < 1:
         parser.error(f"--kills must be at least 1, but is {arguments.kills}")
@@ -116,7 +116,10 @@ def crash(task: str, kills: int, seed: int, folder: Path, data_dir: Path) -> dic
                     break
             if process.returncode == 0:
                 row["survived"] += waiting
-                row["equal"] += own if final_state(place) == right else 0
+                found = final_state(place)
+                row["equal"] += own if found == right else 0
+                for part in [part for part in right | found if found.get(part) != right.get(part)]:
+                    print(f"{task}, run {row['runs']}: another {part}", file=sys.stderr)
                 row["doubled"] += doubled_points(place)
             else:
                 print((place / "err").read_text(), file=sys.stderr)
@@ -143,12 +146,15 @@ def epochs_saved(place: Path) -> int:
     return checkpoint.load_good(path)["epoch"]
 
 
-def final_state(place: Path) -> list:
+def final_state(place: Path) -> dict[str, object]:
     """What a run ends with, comparable by ==: its checkpoints, metrics.jsonl, TensorBoard's curves."""
     lines = (place / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
-    files = [checkpoint.load(place / "checkpoints" / name) for name in ("run.pt", "run.last.pt")]
-    points = {tag: dict(found) for tag, found in curves(place).items() if not tag.startswith("speed")}
-    return comparable([*files, [json.loads(line) for line in lines], points])
+    state = {"metrics.jsonl": comparable([json.loads(line) for line in lines])}
+    for name in ("run.pt", "run.last.pt"):
+        state |= {f"{key} in {name}": comparable(value)
+                  for key, value in checkpoint.load(place / "checkpoints" / name).items() if key not in CLOCK}
+    return state | {f"curve {tag}": dict(points) for tag, points in curves(place).items()
+                    if not tag.startswith("speed")}
 
 
 def comparable(value: object) -> object:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import math
 import os
@@ -70,6 +71,15 @@ def spread(samples: list[float]) -> float:
 def ratio(theirs: list[float], ours: list[float]) -> float:
     """How many times faster ours is: the median over pairs of samples taken one after the other."""
     return median([a / b for a, b in zip(theirs, ours, strict=True)])
+
+
+def output_file(text: str) -> Path:
+    """An argument's type: a file that can be written; it and its folder may be new."""
+    path = Path(text)
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(path if path.exists() else there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written; choose another file")
+    return path
 
 
 def machine(device: torch.device) -> dict:

@@ -1,0 +1,263 @@
+"""Scripts called wrongly or with wrong files: exit status 2, one line with cause and mend, nothing written.
+
+train_mamba.py's own flags are in test_train_mamba.py, each script's rarer mistakes in its own test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import pickle
+import shlex
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import checkpoint
+import data
+import mnist
+from errors import UserError, run_script
+from mamba_ssm_simple import VisionMamba2
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train": "train_mamba", "demo": "demo_mamba", "check": "mamba_ssm_simple",
+           "accuracy": "benchmarks.accuracy", "scan": "benchmarks.bench_scan",
+           "architectures": "benchmarks.compare_architectures", "crash": "benchmarks.crash_test",
+           "tables": "benchmarks.tables"}
+CONFIG = {"num_classes": 10, "d_model": 8, "num_blocks": 1, "in_channels": 1, "patch_size": 2, "d_state": 2}
+
+
+class Hostile:
+    """Unpickled, it would make a folder."""
+
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def sealed(path: Path) -> None:
+    """Give what torch.save wrote the right checksum, as someone can who knows the format."""
+    content = path.read_bytes() + checkpoint.SEAL % checkpoint.FORMAT
+    path.write_bytes(content + hashlib.sha256(content).hexdigest().encode() + b"\n")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a checkpoint, pictures, and everything else that a command may be given by mistake."""
+    place = tmp_path_factory.mktemp("place")
+    entry = data.DATASETS["digits"]
+    run = {"epochs": 2, "dataset": "digits", "run_name": "a", "d_model": 8}
+    good = {"architecture": "mamba", "config": CONFIG, "model": VisionMamba2(**CONFIG).state_dict(),
+            "dataset": {"name": "digits", "classes": list(entry.classes), "mean": list(entry.mean),
+                        "std": list(entry.std)}, "epoch": 1, "metrics": {}, "settings": run}
+    wrong = {
+        "foreign": {"architecture": "perceptron"}, "wings": {"config": {**CONFIG, "wings": 2}},
+        "wide": {"config": {**CONFIG, "d_model": 16}},
+        "birds": {"dataset": {**good["dataset"], "name": "birds"}},
+        "two": {"dataset": {**good["dataset"], "classes": ["0", "1"]}}, "dataless": {"dataset": 7},
+        "outside": {"settings": {**run, "run_name": "../b"}}}
+    for name, changes in wrong.items():
+        checkpoint.save(place / f"{name}.pt", {**good, **changes})
+    state = {**good, "optimizer": {}}
+    for name, changes in {"many": {"epochs": "many"}, "none": {"d_model": 0}, "spiral": {"scan": "spiral"},
+                          "winds": {"winds": "north"}, "maybe": {"augment": "maybe"}, "tree": {"lr": [1, 2]},
+                          "away": {"run_name": "../b"}}.items():
+        checkpoint.save(place / f"{name}.last.pt", {**state, "settings": {**run, **changes}})
+    checkpoint.save(place / "stateless.last.pt", state)
+    checkpoint.save(place / "checkpoints" / "good.pt", good)
+    whole = (place / "checkpoints" / "good.pt").read_bytes()
+    (place / "cut.pt").write_bytes(whole[:len(whole) // 2])
+    (place / "flipped.pt").write_bytes(whole[:500] + bytes([whole[500] ^ 1]) + whole[501:])
+    torch.save({**good, "metrics": Hostile()}, place / "hostile.pt")
+    sealed(place / "hostile.pt")
+    (place / "pickled.pt").write_bytes(pickle.dumps(Hostile()))
+    (place / "future.pt").write_bytes(b"?" + checkpoint.SEAL % 9)
+    content = (place / "future.pt").read_bytes()
+    (place / "future.pt").write_bytes(content + hashlib.sha256(content).hexdigest().encode() + b"\n")
+    torch.save(torch.ones(3), place / "tensor.pt")
+    sealed(place / "tensor.pt")
+    for name in ("file", "text.png", "text.pt"):
+        (place / name).write_text("seven")
+    (place / "empty").mkdir()
+    (place / "empty.png").write_bytes(b"")
+    Image.new("L", (40, 40), 200).save(place / "even.png")
+    Image.new("1", (9000, 9000)).save(place / "huge.png")
+    Image.new("1", (20000, 20000)).save(place / "bomb.png")
+    (place / "cut.png").write_bytes((place / "even.png").read_bytes()[:60])
+    for folder, content in (("wrong", b"not MNIST"), ("packed", b"\x1f\x8b not packed")):
+        raw = place / folder / "MNIST" / "raw"
+        raw.mkdir(parents=True)
+        for name in mnist.MNIST_MD5:
+            (raw / (name + ".gz" if folder == "packed" else name)).write_bytes(content)
+    return place
+
+
+def snapshot(*folders: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for folder in folders
+            for path in folder.rglob("*")}
+
+
+RESUMED = "do not fit this version"
+CASES = [  # (script, arguments, what the line says)
+    ("train", "--resume cut.pt", "is not a checkpoint of this version or is damaged"),
+    ("train", "--resume flipped.pt", "its checksum is wrong"),
+    ("train", "--resume hostile.pt", "nothing in it was run"),
+    ("train", "--resume pickled.pt", "is not a checkpoint"),
+    ("train", "--resume future.pt", "has checkpoint format 9, this version reads 2"),
+    ("train", "--resume tensor.pt", "is not a checkpoint of this project"),
+    ("train", "--resume text.pt", "is not a checkpoint"),
+    ("train", "--resume empty", "no checkpoint at empty"),
+    ("train", "--resume foreign.pt", "resume a .last.pt"),
+    ("train", "--resume --checkpoints-dir empty", "no .last.pt checkpoint in empty"),
+    ("train", "--resume --checkpoints-dir file", "no .last.pt checkpoint in file"),
+    ("train", "--resume many.last.pt", f"{RESUMED}: argument --epochs"),
+    ("train", "--resume none.last.pt", f"{RESUMED}: argument --d-model"),
+    ("train", "--resume spiral.last.pt", f"{RESUMED}: argument --scan"),
+    ("train", "--resume winds.last.pt", f"{RESUMED}: unrecognized arguments: --winds"),
+    ("train", "--resume maybe.last.pt", RESUMED),
+    ("train", "--resume tree.last.pt", f"{RESUMED}: argument --lr"),
+    ("train", "--resume away.last.pt", "--run-name '../b'"),
+    ("train", "--resume stateless.last.pt", "does not fit this version or device"),
+    ("train", "--resume stateless.last.pt --d-model 16", "a resumed run keeps its settings"),
+    ("train", "--resume stateless.last.pt --device toaster", "--device: invalid choice"),
+    ("train", "--dataset mnist --data-dir wrong", "has the wrong checksum"),
+    ("train", "--dataset mnist --data-dir packed", "cannot read"),
+    ("train", "--dataset mnist --data-dir file", "choose another data folder"),
+    ("demo", "--checkpoint nowhere.pt", "no checkpoint at nowhere.pt"),
+    ("demo", "--checkpoint empty", "no checkpoint at empty"),
+    ("demo", "--checkpoint text.pt", "is not a checkpoint"),
+    ("demo", "--checkpoint cut.pt", "damaged"),
+    ("demo", "--checkpoint flipped.pt", "its checksum is wrong"),
+    ("demo", "--checkpoint hostile.pt", "nothing in it was run"),
+    ("demo", "--checkpoint pickled.pt", "is not a checkpoint"),
+    ("demo", "--checkpoint foreign.pt", "model of kind 'perceptron'"),
+    ("demo", "--checkpoint wings.pt", "do not fit this version's mamba model"),
+    ("demo", "--checkpoint wide.pt", "do not fit this version's mamba model"),
+    ("demo", "--checkpoint birds.pt", "train it anew"),
+    ("demo", "--checkpoint two.pt", "names 2 classes"),
+    ("demo", "--checkpoint dataless.pt", "train it anew"),
+    ("demo", "--checkpoint outside.pt", "run name '../b'"),
+    ("demo", "--checkpoint", "--checkpoint: expected one argument"),
+    ("demo", "--checkpoints-dir empty", "no .pt checkpoint in empty"),
+    ("demo", "--device toaster", "--device: invalid choice"),
+    ("demo", "--device mps" if not torch.backends.mps.is_available() else "--device x", "--device"),
+    ("demo", "--image", "--image: expected at least one argument"),
+    ("demo", "--image nowhere.png", "no picture nowhere.png"),
+    ("demo", "--image empty", "is a folder"),
+    ("demo", "--image empty.png", "empty.png cannot be read"),
+    ("demo", "--image text.png", "text.png cannot be read"),
+    ("demo", "--image cut.png", "cut.png cannot be read"),
+    ("demo", "--image even.png", "shows no digit"),
+    ("demo", "--image huge.png", "more than 64 megapixels"),
+    ("demo", "--image bomb.png", "more than 64 megapixels"),
+    ("demo", "--port 0", "--port: must be a number from 1"),
+    ("demo", "--port 65536", "--port"),
+    ("demo", "--port http", "--port"),
+    ("demo", "--export model.txt", "onnx"),
+    ("demo", "--export empty", "onnx"),
+    ("demo", "--winds north", "unrecognized arguments: --winds"),
+    ("demo", "seven.png", "unrecognized arguments: seven.png"),
+    ("check", "--winds", "unrecognized arguments: --winds"),
+    ("check", "north", "unrecognized arguments: north"),
+    ("accuracy", "", "required: --name"),
+    ("accuracy", "--name a --seeds 0", "--seeds must be at least 1"),
+    ("accuracy", "--name a --seeds many", "--seeds: invalid int value"),
+    ("accuracy", "--name ../a", "--name must be letters"),
+    ("accuracy", "--name ''", "--name must be letters"),
+    ("accuracy", "--name a --winds", "unrecognized arguments: --winds"),
+    ("scan", "--device toaster", "--device: invalid choice"),
+    ("scan", "--device cuda" if not torch.cuda.is_available() else "--device x", "--device"),
+    ("scan", "--parts all", "--parts: invalid choice"),
+    ("scan", "--shapes 1,2,3", "must be four numbers"),
+    ("scan", "--shapes 1,2,3,0", "must be four numbers"),
+    ("scan", "--shapes 1,2,3,four", "must be four numbers"),
+    ("scan", "--repeats 0", "--repeats must be at least 1"),
+    ("scan", "--repeats few", "--repeats: invalid int value"),
+    ("scan", "--output empty", "empty cannot be written"),
+    ("scan", "--output file/a.json", "cannot be written; choose another file"),
+    ("architectures", "--sizes 784", "must be TOKENSxBATCH"),
+    ("architectures", "--sizes 10x3", "a square number of tokens"),
+    ("architectures", "--sizes 0x1", "must be TOKENSxBATCH"),
+    ("architectures", "--networks perceptron", "--networks: invalid choice"),
+    ("architectures", "--repeats -1", "--repeats must be at least 1"),
+    ("architectures", "--output empty", "empty cannot be written"),
+    ("crash", "--kills 0", "--kills must be at least 1"),
+    ("crash", "--kills all", "--kills: invalid int value"),
+    ("crash", "--datasets cats", "--datasets: invalid choice"),
+    ("crash", "--seed now", "--seed: invalid int value"),
+    ("crash", "--output file/a.json", "cannot be written; choose another file"),
+    ("tables", "--write", "unrecognized arguments: --write"),
+    ("tables", "--check north", "unrecognized arguments: north"),
+]
+
+
+def assert_refused(status: int, out: str, err: str, says: str) -> None:
+    assert status == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    assert says in err
+    assert "; " in err, "the line must also say how to mend it"
+    assert out == ""
+
+
+@pytest.mark.parametrize(("script", "arguments", "says"), CASES)
+def test_one_line_and_nothing_written(script, arguments, says, place, monkeypatch, capfd):
+    module = importlib.import_module(SCRIPTS[script])
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # set back after the test
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *shlex.split(arguments)])
+    main = importlib.import_module("self_check").script if script == "check" else module.main
+    before = snapshot(place, ROOT / "results")
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert_refused(ended.value.code, *capfd.readouterr(), says)
+    assert snapshot(place, ROOT / "results") == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_in_a_shell_too(script, tmp_path):
+    """With every script, as a user does it: a flag that there is not."""
+    path = ROOT / (SCRIPTS[script].replace(".", os.sep) + ".py")
+    done = subprocess.run([sys.executable, path, "--winds"], cwd=tmp_path, capture_output=True,
+                          encoding="utf-8", timeout=120)
+    says = "--winds" if script != "accuracy" else "--name"
+    assert_refused(done.returncode, done.stdout, done.stderr, says)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Readers, with whatever bytes there may be
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(head=st.sampled_from([b"", b"\0\0\x08", b"\0\0\x08\1", b"\0\0\x08\3", b"\0\0\x0d\1", b"\0\0\x08\xff"]),
+       sizes=st.lists(st.sampled_from([0, 1, 2, 3, 2**16, 2**31, 2**32 - 1]), max_size=4),
+       rest=st.binary(max_size=40))
+@example(head=b"\0\0\x08\2", sizes=[2**31, 2**32 - 1], rest=b"")
+@example(head=b"\0\0\x08\1", sizes=[0], rest=b"")
+def test_any_bytes_are_an_idx_file_or_refused_in_one_line(head, sizes, rest, tmp_path):
+    content = head + b"".join(size.to_bytes(4, "big") for size in sizes) + rest
+    path = tmp_path / "a-idx"
+    path.write_bytes(content)
+    try:
+        array = mnist.read_idx(path)
+    except UserError as error:
+        assert "a-idx" in str(error) and "\n" not in str(error) and ";" in str(error)
+    else:  # then it is what the format says, to the byte
+        assert content[:3] == b"\0\0\x08" and array.ndim == content[3] > 0
+        header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+        assert header + array.tobytes() == content
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=20))
+def test_run_names_are_one_part_of_a_path(name):
+    if checkpoint.is_run_name(name):
+        assert Path(name).name == name and name not in (".", "..") and not name.startswith(".")
+        assert all(sign not in name for sign in '/\\:*?"<>|\0\n')
