@@ -29,7 +29,8 @@ import data
 import evaluate
 import explain
 from errors import UserError
-from pictures import MAX_PIXELS, prepare_grey, prepare_picture
+from picture_file import MAX_PIXELS
+from pictures import prepare_grey, prepare_picture
 from trained import TrainedModel
 
 ADDRESS = "127.0.0.1"
