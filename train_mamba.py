@@ -183,10 +183,7 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     """
     settings = parse_arguments()
     if settings.resume is None:
-        entry = data.DATASETS[settings.dataset]
-        settings.image_size = settings.image_size or (entry.image_size, entry.image_size)
-        settings.patch_size = settings.patch_size or entry.patch_size
-        settings.flip = entry.flip if settings.flip is None else settings.flip
+        fill_in(settings)
         if settings.run_name is None:
             settings.run_name = time.strftime(f"{settings.dataset}-%Y%m%d-%H%M%S")
         check_paths(settings)
@@ -210,8 +207,17 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
             raise UserError(f"{flag} is {value} in {path}; a resumed run keeps its settings, so leave {flag} "
                             "out or as it is")
     settings.resume = path
+    fill_in(settings)
     check_paths(settings)
     return settings, resumed
+
+
+def fill_in(settings: argparse.Namespace) -> None:
+    """Give the flags that were left out what their dataset says."""
+    entry = data.DATASETS[settings.dataset]
+    settings.image_size = settings.image_size or (entry.image_size, entry.image_size)
+    settings.patch_size = settings.patch_size or entry.patch_size
+    settings.flip = entry.flip if settings.flip is None else settings.flip
 
 
 def run_paths(settings: argparse.Namespace) -> tuple[Path, Path, Path]:
