@@ -1,4 +1,4 @@
-"""Write the tables of README.md and benchmarks/README.md from results/*.json, so that no figure can drift.
+"""Write the tables of the READMEs from results/*.json, so that no figure can drift.
 
     python benchmarks/tables.py           write them
     python benchmarks/tables.py --check   exit 2 if one of them is not what the files say
@@ -18,26 +18,42 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 from errors import ArgumentParser, UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "README.vi.md", ROOT / "benchmarks" / "README.md")
+VIETNAMESE = {  # the words of README.vi.md's tables; the longer before those that they contain
+    "test accuracy": "độ chính xác kiểm tra", "an epoch takes": "một epoch mất", " seeds)": " hạt giống)",
+    "Median µs, forward / backward": "Trung vị µs, tiến / lùi", "the aims are for": "mục tiêu là cho",
+    "copy bandwidth": "băng thông sao chép", "times faster than mambapy": "nhanh hơn mambapy (lần)",
+    "(batch, length, channels, states)": "(batch, độ dài, kênh, trạng thái)",
+    "with `cpu_settings`": "với `cpu_settings`", "| without |": "| không có |",
+    "forward + backward": "tiến + lùi", "| forward |": "| tiến |", "training step": "bước huấn luyện",
+    "| command |": "| lệnh |", "| task |": "| phép tính |", "| settings |": "| thiết lập |",
+    "| floor |": "| sàn |", "| measured |": "| đo được |", "| aim |": "| mục tiêu |", "| on |": "| trên |",
+    "rows": "hàng", "7×7 tokens": "7×7 token", "14×14 tokens": "14×14 token", "cores": "lõi",
+    "high resolution": "độ phân giải cao", "language": "ngôn ngữ", "| long |": "| dài |", "On ": "Trên ", "an H100": "một H100",
+}
 
 
 def main() -> None:
-    parser = ArgumentParser(description="Write the tables of both README.md from results/*.json.")
+    parser = ArgumentParser(description="Write the tables of the READMEs from results/*.json.")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where a table differs")
     check = parser.parse_args().check
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        filled = fill(text)
+        filled = fill(page, text)
         if check and filled != text:
             raise UserError(f"{page.name} differs from results/; run: python benchmarks/tables.py")
         if not check:
             page.write_text(filled, encoding="utf-8")
 
 
-def fill(text: str) -> str:
-    """A page with every table made anew."""
+def fill(page: Path, text: str) -> str:
+    """A page's text with every table made anew, in its language."""
     def made(match: re.Match) -> str:
-        return f"<!-- table {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+        table = TABLES[match[1]]()
+        if page.name == "README.vi.md":
+            for english, vietnamese in VIETNAMESE.items():
+                table = table.replace(english, vietnamese)
+        return f"<!-- table {match[1]} -->\n{table}\n<!-- end -->"
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", made, text, flags=re.S)
 
 

@@ -39,7 +39,9 @@ class Page:
             [sys.executable, ROOT / "demo_mamba.py", "--serve", "--no-show", "--device", "cpu",
              "--port", str(port), "--checkpoint", model, "--data-dir", data_dir,
              "--runs-dir", folder / "runs"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ)
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ,
+            # A shell makes what it starts in the background deaf to Ctrl-C, and the tests may be in there.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         self.printed = self.server.stdout.readline()
         assert f"http://127.0.0.1:{port}" in self.printed
         options = webdriver.ChromeOptions()
