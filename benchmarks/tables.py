@@ -29,7 +29,8 @@ VIETNAMESE = {  # the words of README.vi.md's tables; the longer before those th
     "| command |": "| lệnh |", "| task |": "| phép tính |", "| settings |": "| thiết lập |",
     "| floor |": "| sàn |", "| measured |": "| đo được |", "| aim |": "| mục tiêu |", "| on |": "| trên |",
     "rows": "hàng", "7×7 tokens": "7×7 token", "14×14 tokens": "14×14 token", "cores": "lõi",
-    "high resolution": "độ phân giải cao", "language": "ngôn ngữ", "| long |": "| dài |", "On ": "Trên ", "an H100": "một H100",
+    "high resolution": "độ phân giải cao", "language": "ngôn ngữ", "| long |": "| dài |",
+    "On ": "Trên ", "an H100": "một H100",
 }
 
 
