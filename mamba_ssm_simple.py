@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from selective_scan import causal_conv_silu, mix_and_project, saves_memory, selective_scan
+from selective_scan import causal_conv_silu, mixer, saves_memory, selective_scan
 
 DIRECTIONS = ("right", "down", "left", "up")
 SCANS = ("row", "raster", "cross")
@@ -101,13 +101,11 @@ class SelectiveScan(StateSpace):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, d) → (b, l, d), any length ≥ 1."""
-        xz = self.in_proj(x)
-        if self.backward_direction is None and self.out_proj.bias is None and saves_memory(xz):
-            # Training on CUDA: the lines below as one operator, which keeps little for the backward.
-            return mix_and_project(xz, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
-                                   self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D,
-                                   self.out_proj.weight)
-        x, z = xz.chunk(2, dim=-1)                                                    # 2 × (b, l, e)
+        one_way_without_bias = self.backward_direction is None and self.in_proj.bias is None
+        if one_way_without_bias and saves_memory(x):  # training on CUDA: the lines below as one operator
+            return mixer(x, self.in_proj.weight, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
+                         self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight)
+        x, z = self.in_proj(x).chunk(2, dim=-1)                                       # 2 × (b, l, e)
         y = self.mix(x, z)
         if self.backward_direction is not None:
             y = (y + self.backward_direction.mix(x.flip(1), z.flip(1)).flip(1)) / 2
