@@ -81,6 +81,15 @@ class Page:
             pen.move_to_element_with_offset(pad, *place)
         pen.release().perform()
 
+    def drop(self, name: str, content: bytes) -> None:
+        """Drop a file on the canvas."""
+        self.driver.execute_script("""
+            const files = new DataTransfer();
+            files.items.add(new File([new Uint8Array(arguments[1])], arguments[0]));
+            document.getElementById('canvas').dispatchEvent(
+                new DragEvent('drop', {dataTransfer: files, bubbles: true, cancelable: true}));
+            """, name, list(content))
+
     def clear(self) -> None:
         self.driver.find_element("id", "clear").click()
         self.wait(lambda: "draw a digit" in self.read("message"))

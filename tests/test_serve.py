@@ -183,6 +183,13 @@ def test_the_page_in_chromium(tiny, tmp_path):
         upload.send_keys(str(tmp_path / "one.png"))
         page.wait(lambda: page.read("prediction"))
         page.clear()
+        page.drop("dropped.png", (tmp_path / "one.png").read_bytes())
+        page.wait(lambda: page.read("prediction"))
+        page.drop("letter.txt", b"Dear model,")
+        page.wait(lambda: "letter.txt cannot be read" in page.text())
+        page.draw(STROKES["1"])
+        page.wait(lambda: page.read("prediction"))
+        page.clear()
         for button in ("random", "hard"):
             page.driver.find_element("id", button).click()
             page.wait(lambda: "✓" in page.text() or "it is" in page.text())
