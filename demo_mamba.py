@@ -6,6 +6,7 @@
     python demo_mamba.py --serve                          a page to draw digits on
     python demo_mamba.py --image four.png photo.jpg       your own pictures
     python demo_mamba.py --interactive                    ask it, one image at a time
+    python demo_mamba.py --compare a b                    two runs or more side by side
     python demo_mamba.py --export model.onnx              for ONNX Runtime
 
 Pictures and numbers are written into RUNS_DIR/<run name>/demo and listed at the end, the report to
@@ -29,6 +30,7 @@ import torch
 from sklearn.metrics import precision_recall_fscore_support
 
 import checkpoint
+import comparison
 import evaluate
 import explain
 import export
@@ -75,6 +77,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--export", type=Path, metavar="FILE", default=argparse.SUPPRESS,
                         help="write the classifier as FILE.onnx and compare it with PyTorch; needs "
                              "requirements-demo.txt (default: none)")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", default=argparse.SUPPRESS,
+                        help="names of runs, or checkpoints: their accuracy, time, memory and confusion "
+                             "matrices side by side, in RUNS_DIR/comparison (default: none)")
     parser.add_argument("--no-show", action="store_true", help="open no windows, only write the files")
     return parser.parse_args()
 
@@ -89,6 +94,11 @@ def main() -> None:
     arguments = parse_arguments()
     sys.stdout.reconfigure(errors="replace")  # a terminal without ✗ or █ is no reason to stop
     device = evaluate.pick_device(arguments.device)
+    if "compare" in arguments:
+        written = compare_runs(arguments, device)
+        if not arguments.no_show:
+            show(written[:1])
+        return
     path = getattr(arguments, "checkpoint", None) or checkpoint.newest(arguments.checkpoints_dir)
     demo = TrainedModel(path, device, arguments.runs_dir, getattr(arguments, "data_dir", None),
                         getattr(arguments, "image_size", None))
@@ -115,6 +125,19 @@ def main() -> None:
         converse(demo)
     if arguments.serve:
         serve.serve(demo, arguments.port, browser=not arguments.no_show)
+
+
+def compare_runs(arguments: argparse.Namespace, device: torch.device) -> list[Path]:
+    """Show the runs of --compare side by side; returns the files written. Raises UserError."""
+    if len(arguments.compare) < 2:
+        raise UserError("--compare needs two runs or more; name them, such as --compare mamba lstm")
+    paths = [Path(run) if Path(run).is_file() else arguments.checkpoints_dir / f"{run}.pt"
+             for run in arguments.compare]
+    models = [TrainedModel(path, device, arguments.runs_dir, getattr(arguments, "data_dir", None))
+              for path in paths]
+    folder = arguments.runs_dir / "comparison"
+    written = comparison.compare(models, folder)
+    return list_written(folder, [path.name for path in written])
 
 
 # -------------------------------------------------------------------------------------------- the test set
@@ -148,7 +171,9 @@ def test(demo: TrainedModel, animated: bool = False) -> tuple[list[Path], dict]:
         "robustness": robustness.measure(demo.model, demo.dataset.test, demo.dataset, demo.device,
                                          ROBUSTNESS_IMAGES),
     }
-    numbers = performance_lines(costs)
+    others = comparison.rates_of_others(demo.architecture, demo.config, demo.shape, demo.device)
+    found["images_per_second_of_others"] = others
+    numbers = performance_lines(costs, others)
     title = f"{demo.run_name} on {found['device']}, float32"
     performance = "\n".join([f"{title}, PyTorch {torch.__version__}", "",
                              *(f"{name:<32}{value:>20}" for name, value in numbers), "", PERFORMANCE_NOTES])
@@ -191,13 +216,15 @@ ROBUSTNESS_IMAGES = 500  # of the test set; times 24 ways of spoiling them
 PERFORMANCE_NOTES = """\
 Multiply-adds: matrix products, convolutions and 3 for each token, channel and state of the selective
 scan; elementwise operations (normalisation, activations, exponentials) are not counted.
+The other architectures are untrained, with as many parameters and the same stem and head.
 Times: the median of repeated forward passes after a warm-up, images already on the device.
 Memory: on CUDA the most that PyTorch's allocator held while timing; elsewhere the most that the whole
 process ever held, Python, its libraries and the dataset included.
 """
 
 
-def performance_lines(costs: dict) -> list[tuple[str, str]]:
+def performance_lines(costs: dict, others: dict[str, dict[int, float]]) -> list[tuple[str, str]]:
+    """(name, value) for people; `others` are the images/s of other architectures of the same size."""
     lines = [
         ("parameters", f"{costs['parameters']:,}"),
         ("multiply-adds per image", f"{costs['multiply_adds'] / 1e6:,.2f} million"),
@@ -206,7 +233,9 @@ def performance_lines(costs: dict) -> list[tuple[str, str]]:
     if costs["peak_memory_mib"] is not None:
         lines.append((f"peak memory, {costs['peak_memory_of']}", f"{costs['peak_memory_mib']:,.0f} MiB"))
     return lines + [(f"images/s, batch {batch:,}", f"{rate:,.0f}")
-                    for batch, rate in costs["images_per_second"].items()]
+                    for batch, rate in costs["images_per_second"].items()] + [
+        (f"images/s, batch {batch:,}, {other}", f"{rate:,.0f}")
+        for other, rates in others.items() for batch, rate in rates.items()]
 
 
 # ------------------------------------------------------------------------------------ what the scan does
@@ -234,7 +263,7 @@ def write_report(demo: TrainedModel) -> list[Path]:
     numbers = [("test accuracy", f"{100 * found['test']['accuracy']:.2f}% ({found['test']['right']:,} of "
                                  f"{found['test']['images']:,})"),
                ("expected calibration error", f"{100 * found['calibration_error']:.2f}%"),
-               *performance_lines(found["performance"])]
+               *performance_lines(found["performance"], found["images_per_second_of_others"])]
     there = {path.name: path for path in written}
     sections = [(heading, text, [there[name] for name in names if name in there])
                 for heading, text, names in REPORT]

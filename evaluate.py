@@ -8,10 +8,15 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import os
 import platform
 import statistics
 import sys
 import time
+import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -101,20 +106,45 @@ def measure(model: nn.Module, shape: tuple[int, int, int], device: torch.device 
     model.eval()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    rates, latency = {}, None
-    for batch in tqdm((1, 64, 1024), desc="measure", unit="size", leave=False, disable=None):
-        seconds = _median_seconds(model, torch.randn(batch, *shape, device=device))
-        latency = latency or seconds
-        rates[batch] = batch / seconds
+    rates = images_per_second(model, shape, device)
     memory, memory_of = _peak_memory(device)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "multiply_adds": count_multiply_adds(model, torch.zeros(1, *shape, device=device)),
-        "latency_ms": 1000 * latency,
+        "latency_ms": 1000 / rates[1],
         "images_per_second": rates,
         "peak_memory_mib": memory,
         "peak_memory_of": memory_of,
     }
+
+
+@torch.inference_mode()
+def images_per_second(model: nn.Module, shape: tuple[int, int, int],
+                      device: torch.device) -> dict[int, float]:
+    """{batch size: images/s} for 1, 64 and 1024 images of `shape` (C, H, W), float32, by medians."""
+    return {batch: batch / _median_seconds(model, torch.randn(batch, *shape, device=device))
+            for batch in tqdm((1, 64, 1024), desc="measure", unit="size", leave=False, disable=None)}
+
+
+def peak_mib(call: Callable[[], object], device: torch.device) -> float:
+    """MiB that PyTorch's tensors took at most in the second of two calls, beyond what they took before."""
+    call()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    # The profiler tells its starts and stops on stderr where it is not asked to be quiet.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profiler:
+        result = call()  # noqa: F841  (held, so that its end is not in the profile)
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events()
+               if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes), default=0) / 2**20
 
 
 def count_multiply_adds(model: nn.Module, images: Tensor) -> int:
@@ -135,7 +165,10 @@ def count_multiply_adds(model: nn.Module, images: Tensor) -> int:
 
     operators = torch.ops.vision_mamba2
     ours = {operators.selective_scan: scan, operators.causal_conv_silu: convolution}
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ours) as counter:
+    # Without the libraries' own LSTMs, which the counter does not see into.
+    with (warnings.catch_warnings(action="ignore"), torch.no_grad(), torch.backends.mkldnn.flags(enabled=False),
+          torch.backends.cudnn.flags(enabled=False),
+          FlopCounterMode(display=False, custom_mapping=ours) as counter):
         model(images)
     return counter.get_total_flops() // 2
 

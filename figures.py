@@ -353,6 +353,47 @@ def performance(numbers: Sequence[tuple[str, str]], throughput: dict[int, float]
 
 
 @styled
+def comparison(table: Sequence[tuple[str, Sequence[str]]], labels: ArrayLike,
+               predictions: Sequence[ArrayLike], classes: Sequence[str], subtitle: str) -> Figure:
+    """Models in columns: `table` as (name, a value for each model) lines, their names first.
+
+    Below, where each is wrong: how many images of every (true, predicted) pair, on one scale for all.
+    """
+    models, count = len(predictions), len(classes)
+    side, lines = max(2.6, 0.3 * count), len(table)
+    figure = _figure(max(8, 1.9 + (side + 0.3) * models), 1.1 + 0.27 * lines + side + 0.5)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(0.27 * lines, side + 0.5))
+    axes = top.subplots()
+    axes.axis("off")
+    axes.set(xlim=(0, 1), ylim=(lines - 0.5, -0.5))
+    first = 0.26
+    for row, (name, values) in enumerate(table):
+        axes.text(0, row, name, va="center", color=MUTED)
+        for column, value in enumerate(values):
+            axes.text(first + (1 - first) * (column + 1) / models, row, value, va="center", ha="right",
+                      weight="bold" if row == 0 else "normal")
+        if row:
+            axes.axhline(row - 0.5, color=PALE, linewidth=1)
+    matrices = [confusion_matrix(np.asarray(labels), np.asarray(predicted), labels=range(count))
+                for predicted in predictions]
+    diagonal = np.eye(count, dtype=bool)
+    worst = max(matrix[~diagonal].max(initial=0) for matrix in matrices) or 1
+    for place, name, matrix in zip(np.ravel(bottom.subplots(1, models)), table[0][1], matrices, strict=True):
+        seaborn.heatmap(matrix, mask=diagonal | (matrix == 0), cmap=ERRORS, vmin=0, vmax=worst, square=True,
+                        linewidths=1, linecolor=PALE, cbar=False, annot=count <= 12, fmt="d",
+                        annot_kws={"fontsize": 7}, xticklabels=classes if count <= 12 else False,
+                        yticklabels=classes if count <= 12 else False, ax=place)
+        for index in range(count):
+            place.add_patch(Rectangle((index, index), 1, 1, facecolor=PALE, edgecolor="white"))
+        wrong = int(matrix.sum() - np.trace(matrix))
+        place.set_title(f"{name}: {wrong:,} wrong", fontsize=9)
+        place.set(xlabel="predicted", ylabel="true")
+        place.tick_params(length=0, labelrotation=0)
+    _title(figure, "Models side by side", subtitle)
+    return figure
+
+
+@styled
 def growth(curves: dict[str, Sequence[tuple[float, float]]], title: str, subtitle: str, x: str,
            y: str) -> Figure:
     """Lines through (x, y) points on two logarithmic axes: {name: points}; each is named where it ends.

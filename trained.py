@@ -34,6 +34,7 @@ class TrainedModel:
         """
         contents = checkpoint.load(path)
         self.path, self.device = path, device
+        self.config: dict = contents["config"]
         self.architecture, self.epoch = contents["architecture"], contents["epoch"]
         self.model: nn.Module = evaluate.rebuild(contents, device)
         try:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import sys
@@ -38,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import evaluate
 import figures
 from baselines import TransformerBlock, matched_size
 from benchmarks import timing
@@ -157,25 +157,6 @@ def capture(step: Step) -> Callable[[], None]:
     return replay
 
 
-def peak_mib(step: Step) -> float:
-    """MiB that PyTorch's allocators held at most during a step, beyond what they held before."""
-    step()
-    gc.collect()
-    if step.device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
-                                profile_memory=True) as profiler:
-        gradients = step()  # noqa: F841  (held, so that their end is not in the profile)
-    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events()
-               if event.name() == "[memory]"]
-    return float(np.cumsum(changes).max(initial=0)) / 2**20
-
-
 def attention_kernels(step: Step) -> list[str]:
     """Names of the kernels that did the attention of a step. Raises ValueError where none is flash's."""
     step()
@@ -280,7 +261,7 @@ def measure(makers: dict[str, Callable[[], nn.Module]], size: Size, device: torc
             try:
                 step = make_step(network, make, variant, size, device)
                 check_finite(step)
-                row = row._replace(peak_mib=peak_mib(step))
+                row = row._replace(peak_mib=evaluate.peak_mib(step, device))
                 function = step if variant == PLAIN else capture(step)
                 timing.interleave({label(row): function}, 1, device)  # alone first: it may still fail
                 functions[label(row)] = function

@@ -17,7 +17,7 @@ import augment
 import checkpoint
 import data
 import evaluate
-from baselines import VisionLSTM
+from baselines import ARCHITECTURES, VisionLSTM, matched_config
 from demo_mamba import parse_arguments, picture_names
 from errors import UserError
 from mamba_ssm_simple import VisionMamba2
@@ -181,9 +181,35 @@ def test_the_test_set_is_evaluated_measured_and_written(place):
     costs = report["performance"]
     assert costs["parameters"] == sum(p.numel() for p in VisionMamba2(**CONFIG).parameters())
     assert set(costs["images_per_second"]) == {"1", "64", "1024"}
+    assert report["images_per_second_of_others"].keys() == {"lstm", "transformer"}
     assert costs["latency_ms"] > 0 and costs["peak_memory_mib"] > 0 and costs["multiply_adds"] > 0
     text = (folder / "performance.txt").read_text(encoding="utf-8")
     assert f"{costs['parameters']:,}" in text and "not counted" in text
+
+
+def test_runs_are_compared_side_by_side(place):
+    for name in ("lstm", "transformer"):
+        config = matched_config(name, CONFIG)
+        checkpoint.save(place / "checkpoints" / f"{name}.pt", contents(
+            architecture=name, config=config, model=ARCHITECTURES[name](**config).state_dict(),
+            settings={"run_name": name}))
+    done = demo(place, "--compare", "tiny", "checkpoints/lstm.pt", "transformer")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split()[:3] == ["tiny", "lstm", "transformer"]
+    folder = place / "runs" / "comparison"
+    assert {path.name for path in folder.iterdir()} == {"comparison.png", "comparison.json"}
+    models = json.loads((folder / "comparison.json").read_text())["models"]
+    assert [model["architecture"] for model in models] == ["mamba", "lstm", "transformer"]
+    assert all(model["memory_mib"] > 0 and model["multiply_adds"] > 1000 and 0 <= model["accuracy"] <= 1
+               for model in models)
+
+
+def test_comparing_what_cannot_be_compared_is_one_line(place):
+    checkpoint.save(place / "checkpoints" / "other.pt", contents(dataset={
+        "name": "mnist", "classes": list("0123456789"), "mean": [0.1], "std": [0.3]}))
+    assert "two runs or more" in refused(place, "--compare", "tiny")
+    assert "compare runs of one dataset" in refused(place, "--compare", "tiny", "other")
+    assert "no checkpoint at" in refused(place, "--compare", "tiny", "nothing")
 
 
 def test_explain_and_report_write_what_they_promise(place):
