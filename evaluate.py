@@ -166,8 +166,8 @@ def count_multiply_adds(model: nn.Module, images: Tensor) -> int:
     operators = torch.ops.vision_mamba2
     ours = {operators.selective_scan: scan, operators.causal_conv_silu: convolution}
     # Without the libraries' own LSTMs, which the counter does not see into.
-    with (warnings.catch_warnings(action="ignore"), torch.no_grad(), torch.backends.mkldnn.flags(enabled=False),
-          torch.backends.cudnn.flags(enabled=False),
+    with (warnings.catch_warnings(action="ignore"), torch.no_grad(),
+          torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False),
           FlopCounterMode(display=False, custom_mapping=ours) as counter):
         model(images)
     return counter.get_total_flops() // 2
