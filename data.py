@@ -254,12 +254,14 @@ def num_batches(split: Split, batch_size: int, drop_last: bool = False) -> int:
 
 
 def epoch_batches(split: Split, batch_size: int, generator: torch.Generator | None, shuffle: bool = True,
-                  drop_last: bool = False, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+                  drop_last: bool = False, start: int = 0,
+                  part: Callable[[int], slice] = lambda size: slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
     """Each image of `split` once, as (images (b, C, H, W) uint8, labels (b,) int64) on its device.
 
     `generator` gives the order, and how streamed pictures are moved; it may be None without `shuffle`. The
     last batch is smaller where the batch size does not divide N, or left out with `drop_last`. The first
-    `start` batches are left out without being read.
+    `start` batches are left out without being read. Where the split is streamed, only the images of
+    `part(batch size)` are read and given, beside all of the labels.
     """
     batches = num_batches(split, batch_size, drop_last)
     n_images, seed = len(split.labels), 0
@@ -271,8 +273,11 @@ def epoch_batches(split: Split, batch_size: int, generator: torch.Generator | No
     if isinstance(split.images, PictureFiles):
         if shuffle:
             seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-        for images, numbers in split.images.batches(chunks, seed):
-            yield images, split.labels[numbers]
+        read = split.images.batches([chosen[part(len(chosen))] for chosen in chunks], seed)
+        for chosen, (images, numbers) in zip(chunks, read, strict=True):
+            labels = split.labels[chosen]
+            labels[part(len(chosen))] = split.labels[numbers]  # another picture may stand for a broken one
+            yield images, labels
         return
     for chosen in chunks:
         yield split.images[chosen], split.labels[chosen]

@@ -115,7 +115,7 @@ class NoLog(contextlib.AbstractContextManager):
     def step(self, *_) -> None:
         pass
 
-    epoch = test = deltas = hparams = step
+    epoch = test = scans = hparams = step
 
 
 def _epoch(line: str) -> float:

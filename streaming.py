@@ -161,6 +161,7 @@ def _explained(batches: Iterator) -> Iterator:
 
 
 def default_workers() -> int:
-    """One less than the cores that this process may use, at least 1 and at most 16."""
+    """One less than this process's share of the cores, at least 1 and at most 16."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_WORKERS, max(1, cores - 1))
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun says how many processes share them
+    return min(MOST_WORKERS, max(1, share - 1))

@@ -95,7 +95,8 @@ class Training:
         quiet = None if distributed.is_writer() else True
         with tqdm(total=self.steps_an_epoch, initial=done, unit="step", disable=quiet, leave=False,
                   desc=f"epoch {self.epoch + 1}/{self.settings.epochs}") as bar:
-            batches = data.epoch_batches(self.dataset.train, self.settings.batch_size, order, start=done)
+            batches = data.epoch_batches(self.dataset.train, self.settings.batch_size, order, start=done,
+                                         part=lambda size: distributed.part(size).images)
             for index, (images, labels) in enumerate(batches, start=done):
                 loss, norm = self.train_step(images, labels)
                 bar.update()
@@ -138,7 +139,7 @@ class Training:
         part = distributed.part(len(labels))
         labels = labels[part.images]
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            logits = self.network(images[part.images])
+            logits = self.network(images if self.dataset.streamed else images[part.images])
             loss = F.cross_entropy(logits, labels)
         self.optimizer.zero_grad()
         self.scaler.scale(part.loss(loss)).backward()

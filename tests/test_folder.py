@@ -231,6 +231,19 @@ def test_a_stream_is_moved_by_the_generator_whatever_the_workers_and_the_start(t
     assert (same | turned).all() and same.any() and turned.any()
 
 
+def test_of_a_stream_a_process_reads_its_part_alone(tmp_path):
+    stream = load(write(tmp_path, 10), memory_budget=0, workers=0, augment=True)
+
+    def batches(**options):
+        return data.epoch_batches(stream.train, 5, torch.Generator().manual_seed(3), **options)
+
+    halves = [batches(part=lambda size: slice(0, size // 2)),
+              batches(part=lambda size: slice(size // 2, size))]
+    for (images, labels), (first, some), (second, others) in zip(batches(), *halves, strict=True):
+        assert torch.equal(torch.cat([first, second]), images)
+        assert torch.equal(labels, some) and torch.equal(labels, others)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_puts_the_next_picture_in_the_place_of_a_broken_one(workers, tmp_path, capfd):
     train = folder.find(spoilt(tmp_path)).train
