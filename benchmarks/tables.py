@@ -15,10 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository
 
+from benchmarks import throughput_imagenet
 from errors import ArgumentParser, UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "README.vi.md", ROOT / "benchmarks" / "README.md")
+PAGES = (ROOT / "README.md", ROOT / "README.vi.md", ROOT / "benchmarks" / "README.md",
+         ROOT / "examples" / "README.md")
 VIETNAMESE = {  # the words of README.vi.md's tables; the longer before those that they contain
     "test accuracy": "độ chính xác kiểm tra", "an epoch takes": "một epoch mất", " seeds)": " hạt giống)",
     "Median µs, forward / backward": "Trung vị µs, tiến / lùi", "the aims are for": "mục tiêu là cho",
@@ -42,7 +44,8 @@ def main() -> None:
         text = page.read_text(encoding="utf-8")
         filled = fill(page, text)
         if check and filled != text:
-            raise UserError(f"{page.name} differs from results/; run: python benchmarks/tables.py")
+            raise UserError(f"{page.relative_to(ROOT)} differs from results/; run: "
+                            "python benchmarks/tables.py")
         if not check:
             page.write_text(filled, encoding="utf-8")
 
@@ -138,8 +141,41 @@ def crash_test() -> str:
     return "\n".join(lines)
 
 
+def imagenet() -> str:
+    """Throughput and memory at the size of ImageNet: a row for each network, a column for each size."""
+    found = result("throughput_imagenet")
+    sizes = sorted({(row["image_size"], row["batch_size"]) for row in found["rows"]})
+    lines = [f"On {machine(found['machine'])}; {found['precision']}. Forward and backward, images/s / peak "
+             "MiB.", "", "| | parameters | "
+             + " | ".join(f"{size}×{size}, batch {batch}" for size, batch in sizes) + " |",
+             "|---" * (len(sizes) + 2) + "|"]
+    for name in dict.fromkeys(throughput_imagenet.label(row) for row in found["rows"]):
+        rows = {(row["image_size"], row["batch_size"]): row for row in found["rows"]
+                if throughput_imagenet.label(row) == name}
+        cells = [f"{row['images_per_second']:,.0f} / {row['peak_mib'] or 0:,.0f}"
+                 if (row := rows.get(size)) and row["images_per_second"] else "–" for size in sizes]
+        parameters = next(iter(rows.values()))["parameters"]
+        lines.append(f"| {name} | {parameters:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def spoken_digits() -> str:
+    found = result("spoken-digits")
+    seeds = len({run["seed"] for run in found["runs"]})
+    lines = [f"Mean ± standard deviation over {seeds} seeds; {found['parameters']:,} parameters, "
+             f"{found['steps']} steps; noise on pixels of 0 to 1: {found['image_noise']:g}, speech in noise: "
+             f"{found['sound_noise_db']:g} dB. {found['clips']['train']:,} clips to train on, "
+             f"{found['clips']['test']:,} of other voices to test.", "",
+             "| given | test accuracy |", "|---|---|"]
+    for inputs, title in (("image", "the image"), ("sound", "the sound"), ("both", "both")):
+        accuracy = found["test_accuracy"][inputs]
+        lines.append(f"| {title} | {100 * accuracy['mean']:.1f} ± {100 * accuracy['std']:.1f} % |")
+    return "\n".join(lines)
+
+
 TABLES = {"training": training, "scan-cpu": scan_on_cpu, "scan-cuda": scan_on_cuda,
-          "architectures": architectures, "crash-test": crash_test}
+          "architectures": architectures, "crash-test": crash_test, "imagenet": imagenet,
+          "spoken-digits": spoken_digits}
 
 if __name__ == "__main__":
     run_script(main)
