@@ -3,7 +3,8 @@
     python benchmarks/accuracy.py --name mnist-1-epoch --seeds 3 -- --epochs 1
 
 What stands after -- goes to train_mamba.py. The numbers are those of the last epoch, never of the best, and
-a seed that is already trained is not trained again. results/<name>.json holds them with the settings.
+a seed that is already trained is not trained again, and one that was cut short goes on. results/<name>.json
+holds them with the settings.
 """
 
 from __future__ import annotations
@@ -66,15 +67,18 @@ def train(arguments: argparse.Namespace, seed: int) -> dict:
     """The metrics of the last epoch of one seed, trained now if it is not there yet."""
     name = f"{arguments.name}-seed{seed}"
     metrics = arguments.runs_dir / name / "metrics.jsonl"
-    if not metrics.exists():
-        command = [sys.executable, str(ROOT / "train_mamba.py"), *arguments.train, "--seed", str(seed),
-                   "--run-name", name, "--runs-dir", str(arguments.runs_dir),
-                   "--checkpoints-dir", str(arguments.checkpoints_dir)]
-        status = subprocess.run(command, cwd=ROOT).returncode
-        if status == 2:
-            sys.exit(2)  # it has said what is wrong
-        if status != 0:
-            raise UserError(f"seed {seed} did not finish; mend what it says and run this command again")
+    last = arguments.checkpoints_dir / f"{name}.last.pt"
+    script = [sys.executable, str(ROOT / "train_mamba.py")]
+    if last.exists():  # a run that was cut short goes on; one that is finished says so, and ends at once
+        command = [*script, "--resume", str(last)]
+    else:
+        command = [*script, *arguments.train, "--seed", str(seed), "--run-name", name, "--runs-dir",
+                   str(arguments.runs_dir), "--checkpoints-dir", str(arguments.checkpoints_dir)]
+    status = subprocess.run(command, cwd=ROOT).returncode
+    if status == 2:
+        sys.exit(2)  # it has said what is wrong
+    if status != 0:
+        raise UserError(f"seed {seed} did not finish; mend what it says and run this command again")
     return {"seed": seed, **json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])}
 
 
