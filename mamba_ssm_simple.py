@@ -29,7 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from selective_scan import causal_conv_silu, mixer, saves_memory, selective_scan
+from selective_scan import (
+    Weights,
+    causal_conv_silu,
+    mamba_block,
+    mixer,
+    saves_memory,
+    selective_scan,
+)
 
 DIRECTIONS = ("right", "down", "left", "up")
 SCANS = ("row", "raster", "cross")
@@ -101,15 +108,22 @@ class SelectiveScan(StateSpace):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, l, d) → (b, l, d), any length ≥ 1."""
-        one_way_without_bias = self.backward_direction is None and self.in_proj.bias is None
-        if one_way_without_bias and saves_memory(x):  # training on CUDA: the lines below as one operator
-            return mixer(x, self.in_proj.weight, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
-                         self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight)
+        if self.fuses(x):  # training on CUDA: the lines below as one operator
+            return mixer(x, self.weights())
         x, z = self.in_proj(x).chunk(2, dim=-1)                                       # 2 × (b, l, e)
         y = self.mix(x, z)
         if self.backward_direction is not None:
             y = (y + self.backward_direction.mix(x.flip(1), z.flip(1)).flip(1)) / 2
         return self.out_proj(y)
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether one operator can do all of it: in training on CUDA, for one direction without bias."""
+        return self.backward_direction is None and self.in_proj.bias is None and saves_memory(x)
+
+    def weights(self) -> Weights:
+        """What the operator of all lines in one takes."""
+        return Weights(self.in_proj.weight, self.conv1d.weight, self.conv1d.bias, self.x_proj.weight,
+                       self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight)
 
     def step(self, x: Tensor,
              state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -171,9 +185,23 @@ class MambaBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, height, width, d) → the same shape."""
+        if self.mixer.fuses(x):  # training on CUDA: the lines below as one operator
+            return self.fused(x)
         sequence = to_sequence(self.norm(x), self.direction, self.rows)
         branch = to_map(self.mixer(sequence), self.direction, x.shape)
         return x + drop_path(branch, self.drop_path, self.training)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """`forward` as one operator, for a mixer that can be fused."""
+        scale = None
+        if self.drop_path and self.training:
+            scale = drop_path(x.new_ones(len(x), dtype=torch.float32), self.drop_path, self.training)
+        shape = x.shape
+        if self.rows:  # each row an image of its own
+            x = x.reshape(-1, 1, *shape[2:])
+            scale = scale if scale is None else scale.repeat_interleave(shape[1])
+        norm, weights = self.norm, self.mixer.weights()
+        return mamba_block(x, norm.weight, norm.bias, norm.eps, self.direction, scale, weights).view(shape)
 
 
 class VisionMamba2(nn.Module):

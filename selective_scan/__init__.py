@@ -17,9 +17,9 @@ from selective_scan.dispatch import (
     selective_scan,
 )
 from selective_scan.interface import selective_scan_fn
-from selective_scan.mixer import mixer, saves_memory
+from selective_scan.mixer import Weights, mamba_block, mixer, saves_memory
 from selective_scan.reference import selective_scan_reference
 
-__all__ = ["available_implementations", "causal_conv_silu", "causal_conv_silu_plain", "choose_implementation",
-           "mixer", "run_implementation", "saves_memory", "selective_scan", "selective_scan_fn",
-           "selective_scan_reference"]
+__all__ = ["Weights", "available_implementations", "causal_conv_silu", "causal_conv_silu_plain",
+           "choose_implementation", "mamba_block", "mixer", "run_implementation", "saves_memory",
+           "selective_scan", "selective_scan_fn", "selective_scan_reference"]

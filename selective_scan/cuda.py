@@ -243,7 +243,7 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
         if SAVE:
             if (first > 0) & (first % CHUNK == 0):
                 at = (b * ((length - 1) // CHUNK) + first // CHUNK - 1) * N_STATE * channels
-                gl.store(checkpoints + at + states, h, mask=states_inside)
+                gl.store(checkpoints + at + states, h.to(checkpoints.dtype.element_ty), mask=states_inside)
         u_, z_, now = next_u, next_z, inside
         dt = step_size(next_delta + bias_e, inside, SOFTPLUS)
         dts.store(dt)
@@ -339,7 +339,7 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
         h = gl.zeros_like(A2)
         if begin > 0:
             at = (b * ((length - 1) // CHUNK) + begin // CHUNK - 1) * N_STATE * channels
-            h = gl.load(checkpoints + at + states, mask=states_inside, other=0.0)
+            h = gl.load(checkpoints + at + states, mask=states_inside, other=0.0).to(gl.float32)
         for before in range(begin, first, GROUP):
             t = b * 0 + before
             dt = step_size(load_group(delta_0 + t * delta_l, of_delta, e_inside) + bias_e, e_inside, SOFTPLUS)
@@ -565,9 +565,9 @@ def sum_projected_kernel(projected_sums, dB, dC, blocks, size, dB_l, dC_l, N_STA
 
 
 def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-            delta_bias: Tensor | None, delta_softplus: bool, save: bool,
-            chunk: int = CHUNK) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (b, l, e) in u's dtype, last state (b, n, e) and checkpoints (b, (l−1)/chunk, n, e), float32.
+            delta_bias: Tensor | None, delta_softplus: bool, save: bool, chunk: int = CHUNK,
+            kept: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (b, l, e) in u's dtype, last state (b, n, e) float32, checkpoints (b, (l−1)/chunk, n, e) `kept`.
 
     `chunk` is a multiple of GROUP: longer ones take less memory, and more time in the backward.
     """
@@ -577,7 +577,7 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     A, D, delta_bias = map(_contiguous, (A, D, delta_bias))
     out = torch.empty(b, l, e, device=u.device, dtype=u.dtype)
     last_state = torch.empty(b, n, e, device=u.device)
-    checkpoints = torch.empty(b, (l - 1) // chunk if save else 0, n, e, device=u.device)
+    checkpoints = torch.empty(b, (l - 1) // chunk if save else 0, n, e, device=u.device, dtype=kept)
     plan = _plan(b, l, e, n, chunk, backward=False)
     segments = triton.cdiv(l, plan.segment)
     entering = u

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from mamba_ssm_simple import SelectiveScan
+from mamba_ssm_simple import MambaBlock, SelectiveScan
 from selective_scan import (
     available_implementations,
     causal_conv_silu_plain,
@@ -131,6 +131,24 @@ def test_causal_conv(shape, dtype, seed, device):
         assert (a.double() - expected).norm() < TOLERANCE[dtype][index > 0] * expected.norm()
 
 
+def assert_equal_modules(given, dy, module, one_operator):
+    """`one_operator(x)` and every gradient are those of the module line by line, in float64."""
+    wide = copy.deepcopy(module).double()
+    x = given.double().requires_grad_()
+    right = wide(x)
+    right.backward(dy.double())
+    one = given.requires_grad_()
+    got = one_operator(one)
+    got.backward(dy)
+    pairs = {"out": (got, right), "x": (one.grad, x.grad)}
+    pairs |= {name: (parameter.grad, dict(wide.named_parameters())[name].grad)
+              for name, parameter in module.named_parameters()}
+    # Products in bfloat16 follow each other here: five roundings, where the scan alone has one.
+    limit = 1e-5 if given.dtype == torch.float32 else 4e-2
+    for name, (a, expected) in pairs.items():
+        assert (a.double() - expected).norm() < limit * expected.norm(), name
+
+
 @runs_here
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 37, 20, 4), (1, 5, 24, 16)], ids=str)
@@ -138,21 +156,33 @@ def test_the_mixer_in_one_is_the_mixer_line_by_line(shape, dtype, seed, device):
     b, l, d, n = shape
     module = SelectiveScan(d, n).to(device)
     given, dy = torch.randn(2, b, l, d, device=device).to(dtype).unbind()
-    wide = copy.deepcopy(module).double()
-    x = given.double().requires_grad_()
-    right = wide(x)
-    right.backward(dy.double())
-    one = given.requires_grad_()
-    got = mixer(one, module.in_proj.weight, module.conv1d.weight, module.conv1d.bias, module.x_proj.weight,
-                module.dt_proj.weight, module.dt_proj.bias, module.A_log, module.D, module.out_proj.weight)
-    got.backward(dy)
-    pairs = {"out": (got, right), "x": (one.grad, x.grad)}
-    pairs |= {name: (parameter.grad, dict(wide.named_parameters())[name].grad)
-              for name, parameter in module.named_parameters()}
-    # Products in bfloat16 follow each other here: five roundings, where the scan alone has one.
-    limit = 1e-5 if dtype == torch.float32 else 4e-2
-    for name, (a, expected) in pairs.items():
-        assert (a.double() - expected).norm() < limit * expected.norm(), name
+    assert_equal_modules(given, dy, module, lambda x: mixer(x, module.weights()))
+
+
+@runs_here
+@pytest.mark.parametrize(("scan", "index", "dtype"), [
+    ("row", 0, torch.float32), ("row", 0, torch.bfloat16),
+    *(("cross", index, torch.float32) for index in range(4)), ("cross", 3, torch.bfloat16)], ids=str)
+def test_the_block_in_one_is_the_block_line_by_line(scan, index, dtype, seed, device):
+    module = MambaBlock(20, scan, index, d_state=4).to(device)
+    torch.nn.init.normal_(module.norm.weight)
+    torch.nn.init.normal_(module.norm.bias)
+    given, dy = torch.randn(2, 2, 2, 3, 20, device=device).to(dtype).unbind()
+    assert_equal_modules(given, dy, module, module.fused)
+
+
+@runs_here
+@pytest.mark.parametrize("scan", ["row", "cross"])
+def test_a_dropped_path_leaves_an_image_as_it_was(scan, seed, device):
+    module = MambaBlock(20, scan, 1, d_state=4, drop_path=0.5).to(device)
+    x = torch.randn(16, 2, 1, 20, device=device)
+    whole = module.eval().fused(x.requires_grad_()) - x
+    y = module.train().fused(x) - x
+    kept = y.flatten(1).abs().amax(1) > 0
+    assert 0 < kept.sum() < 16
+    torch.testing.assert_close(y[kept], 2 * whole[kept], rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient[~kept], torch.zeros_like(gradient[~kept]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
