@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -16,6 +18,30 @@ import data
 import explain
 import figures
 from errors import UserError
+
+PICTURES_SHARE = 0.1  # of a run's time
+
+
+class Ration:
+    """Holds something slow to about `share` of the time since now: `if due(...): with spending(): ...`."""
+
+    def __init__(self, share: float, clock: Callable[[], float] = time.monotonic):
+        self.share, self.clock = share, clock
+        self.began = clock()
+        self.times, self.spent = 0, 0.0  # how often it was done, in how many seconds
+
+    def due(self, last: bool) -> bool:
+        """Whether to do it now: the first time, the `last` time, and when its share allows once more."""
+        once_more = self.spent + self.spent / max(1, self.times)
+        due = last or self.times == 0 or once_more <= self.share * (self.clock() - self.began)
+        self.times += due
+        return due
+
+    @contextlib.contextmanager
+    def spending(self) -> Iterator[None]:
+        started = self.clock()
+        yield
+        self.spent += self.clock() - started
 
 
 class RunLog:
@@ -33,6 +59,7 @@ class RunLog:
         Raises UserError where the folder cannot be written.
         """
         self.path = folder / "metrics.jsonl"
+        self.drawing = Ration(PICTURES_SHARE)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
@@ -75,24 +102,36 @@ class RunLog:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error}; mend it and go on by --resume") from error
 
-    def test(self, step: int, split: data.Split, probabilities: Tensor, classes: tuple[str, ...]) -> None:
-        """Per-class accuracy, the confusion matrix and the worst mistakes; probabilities (N, classes)."""
+    def draws(self, last: bool) -> bool:
+        """Whether this epoch gets pictures: see `Ration`. They can take longer than an epoch on a GPU."""
+        return self.drawing.due(last)
+
+    def test(self, step: int, split: data.Split, probabilities: Tensor, classes: tuple[str, ...],
+             draw: bool) -> None:
+        """Per-class accuracy and, to `draw`, the confusion matrix and the worst mistakes; probabilities
+        (N, classes)."""
         labels, predictions = split.labels.cpu(), probabilities.argmax(1)
         correct = (labels == predictions).double()
         for index, name in enumerate(classes):
             if (labels == index).any():
                 self.writer.add_scalar(f"class_accuracy/{name}", correct[labels == index].mean(), step)
-        self.writer.add_figure("test/confusion", figures.confusion(labels, predictions, classes), step)
-        self.writer.add_figure("test/mistakes", figures.mistakes(split.images.cpu(), labels, probabilities,
-                                                                 classes), step)
+        if draw:
+            with self.drawing.spending():
+                confusion = figures.confusion(labels, predictions, classes)
+                mistakes = figures.mistakes(split.images.cpu(), labels, probabilities, classes)
+                self.writer.add_figure("test/confusion", confusion, step)
+                self.writer.add_figure("test/mistakes", mistakes, step)
 
-    def scans(self, step: int, images: Tensor, scans: list[explain.Scan]) -> None:
-        """What the scans did with `images`: histograms of log10 Δ, its maps, and what the state remembers."""
+    def scans(self, step: int, images: Tensor, scans: list[explain.Scan], draw: bool) -> None:
+        """What the scans did with `images`: histograms of log10 Δ and, to `draw`, its maps and what the state
+        remembers."""
         for scan in scans:
             log10 = torch.log10(scan.delta.clamp(min=1e-9))
             self.writer.add_histogram(f"log10_delta/{scan.name}", log10, step)
-        for name, figure in explain.draw(images.cpu(), scans).items():
-            self.writer.add_figure(f"scan/{Path(name).stem}", figure, step)
+        if draw:
+            with self.drawing.spending():
+                for name, figure in explain.draw(images.cpu(), scans).items():
+                    self.writer.add_figure(f"scan/{Path(name).stem}", figure, step)
 
     def hparams(self, step: int, settings: dict, metrics: dict) -> None:
         """The run's settings beside its final metrics (TensorBoard's HParams tab)."""
@@ -111,6 +150,9 @@ class NoLog(contextlib.AbstractContextManager):
 
     def flush(self) -> None:
         pass
+
+    def draws(self, last: bool) -> bool:
+        return False
 
     def step(self, *_) -> None:
         pass

@@ -237,11 +237,12 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
             training.metrics = metrics
             training.check_finite(metrics["train_loss"] if settings.train_on_all else metrics["val_loss"])
             log.epoch(training.step, metrics)
+            draw = log.draws(last=training.epoch == settings.epochs)
             if test is not None:
-                log.test(training.step, dataset.test, test, dataset.classes)
+                log.test(training.step, dataset.test, test, dataset.classes, draw)
             if explain.has_scan(model):
                 log.scans(training.step, examples, explain.record(
-                    model, augment.normalize(examples, dataset.mean, dataset.std)))
+                    model, augment.normalize(examples, dataset.mean, dataset.std)), draw)
             # Without validation images the last epoch is the one that counts.
             chosen_by = training.epoch if settings.train_on_all else metrics["val_accuracy"]
             if chosen_by > training.best_accuracy:
