@@ -27,6 +27,9 @@ from mamba_ssm_simple import VisionMamba2, drop_path, permute_pixels, stem
 class VisionLSTM(nn.Module):
     """Stem, `nn.LSTM` over the tokens row by row, a head on the mean token.
 
+    Under autocast to bfloat16 on CUDA the LSTM stays in float32: PyTorch would give cuDNN float16 there,
+    whatever was asked for (aten/src/ATen/cudnn/AutocastRNN.cpp), and no scaler keeps its gradients alive.
+
     Args:
         num_classes, d_model, in_channels, patch_size, permute_seed: see `VisionMamba2`.
         num_blocks: layers.
@@ -55,8 +58,18 @@ class VisionLSTM(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(b, in_channels, height, width) → logits (b, K), any height and width."""
         x = self.stem(permute_pixels(images, self.permute_seed)).flatten(2).transpose(1, 2)       # (b, l, d)
-        x, _ = self.lstm(x)                                                             # (b, l, hidden_size)
+        if in_bfloat16_on_cuda(x):
+            with torch.autocast("cuda", enabled=False):
+                x, _ = self.lstm(x.float())
+        else:
+            x, _ = self.lstm(x)                                                         # (b, l, hidden_size)
         return self.head(self.norm(x).mean(dim=1))
+
+
+def in_bfloat16_on_cuda(x: Tensor) -> bool:
+    """Whether autocast to bfloat16 is at work where `x` is, and that is a CUDA device."""
+    return (x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
+            and torch.get_autocast_dtype("cuda") is torch.bfloat16)
 
 
 class VisionTransformer(nn.Module):

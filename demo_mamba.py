@@ -200,7 +200,8 @@ def test(demo: TrainedModel, animated: bool = False) -> tuple[list[Path], dict]:
         "reliability.png": figures.reliability(labels, probabilities),
         "robustness.png": figures.robustness(found["robustness"], robustness.examples(images[:1])),
         "class_scores.png": figures.class_scores(labels, predicted, demo.classes),
-        "performance.png": figures.performance(shown, costs["images_per_second"], title),
+        "performance.png": figures.performance(
+            shown, {demo.architecture: costs["images_per_second"], **others}, title),
     }
     for name, figure in pictures.items():
         figures.save(figure, folder / name)

@@ -326,10 +326,14 @@ def bars(image: ArrayLike, probabilities: ArrayLike, classes: Sequence[str], tit
 
 
 @styled
-def performance(numbers: Sequence[tuple[str, str]], throughput: dict[int, float], subtitle: str) -> Figure:
-    """What the model costs: `numbers` as (name, value) lines, `throughput` as {batch size: images/s} bars."""
-    figure = _figure(8, max(2.7, 0.9 + 0.36 * len(numbers)))
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+def performance(numbers: Sequence[tuple[str, str]], throughput: dict[str, dict[int, float]],
+                subtitle: str) -> Figure:
+    """What the model costs: `numbers` as (name, value) lines, `throughput` as {model: {batch size: images/s}}
+    bars, the model itself first and beside it what it is compared with."""
+    models, sizes = list(throughput), list(next(iter(throughput.values())))
+    thick = 0.8 / len(models)
+    figure = _figure(8.5, max(2.7, 0.9 + 0.36 * len(numbers), 0.9 + 0.26 * len(models) * len(sizes)))
+    left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     left.axis("off")
     left.set(xlim=(0, 1), ylim=(len(numbers) - 0.5, -0.5))
     for row, (name, value) in enumerate(numbers):
@@ -337,17 +341,21 @@ def performance(numbers: Sequence[tuple[str, str]], throughput: dict[int, float]
         left.text(0.94, row, value, va="center", ha="right", weight="bold")
         if row:
             left.axhline(row - 0.5, xmax=0.94, color=PALE, linewidth=1)
-    places = np.arange(len(throughput))
-    rates = list(throughput.values())
-    right.bar(places, rates, width=0.6, color=RIGHT)
-    for place, rate in zip(places, rates, strict=True):
-        right.text(place, rate, f"{rate:,.0f}\n", ha="center", va="center", weight="bold", linespacing=1.8)
-    right.set_xticks(places, [f"batch {size:,}" for size in throughput])
-    right.set_yticks([])
-    right.set_ylim(0, 1.15 * max(rates))
+    most = max(rate for rates in throughput.values() for rate in rates.values())
+    for index, (model, rates) in enumerate(throughput.items()):
+        ours = index == 0
+        for group, size in enumerate(sizes):
+            place = group + (index - (len(models) - 1) / 2) * thick
+            right.barh(place, rates[size], height=0.85 * thick, color=RIGHT if ours else MUTED,
+                       alpha=1 if ours else 0.4)
+            name = f" {model}" if len(models) > 1 else ""
+            right.text(rates[size] + 0.02 * most, place, f"{rates[size]:,.0f}{name}", va="center", fontsize=8,
+                       weight="bold" if ours else "normal")
+    right.set_yticks(range(len(sizes)), [f"batch {size:,}" for size in sizes])
+    right.set(xticks=[], xlim=(0, 1.5 * most), ylim=(len(sizes) - 0.5, -0.5))
     right.set_title("images per second", fontsize=9, color=MUTED)
     right.tick_params(length=0)
-    seaborn.despine(ax=right, left=True)
+    seaborn.despine(ax=right, bottom=True)
     _title(figure, "Performance", subtitle)
     return figure
 

@@ -89,3 +89,16 @@ def test_learns_which_half_is_bright(architecture, seed):
         loss.backward()
         optimizer.step()
     assert loss < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_lstm_computes_in_the_precision_that_was_asked_for(dtype, device, seed):
+    """PyTorch alone would take float16 for either on CUDA; there float32 takes bfloat16's place."""
+    model, seen = build("lstm", d_model=16, num_blocks=2).to(device), []
+    model.lstm.register_forward_hook(lambda _, inputs, outputs: seen.append((inputs[0].dtype,
+                                                                             outputs[0].dtype)))
+    with torch.autocast(device.type, dtype):
+        model(torch.randn(4, 1, 8, 8, device=device)).float().logsumexp(1).sum().backward()
+    expected = torch.float32 if device.type == "cuda" and dtype is torch.bfloat16 else dtype
+    assert seen == [(expected, expected)]
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())

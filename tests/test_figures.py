@@ -57,7 +57,7 @@ def test_every_figure_can_be_saved(examples, classes, wrong, tmp_path):
         "reliability": figures.reliability(labels, probabilities),
         "robustness": figures.robustness(curves()),
         "bars": figures.bars(images[0], probabilities[0], classes, "a $title$"),
-        "performance": figures.performance([("parameters", "1")], {1: 2.0, 64: 3.0}, "here"),
+        "performance": figures.performance([("parameters", "1")], {"mamba": {1: 2.0, 64: 3.0}}, "here"),
     }
     for name, figure in drawn.items():
         assert isinstance(figure, Figure)
@@ -170,6 +170,15 @@ def test_calibration_by_hand_and_of_a_calibrated_model(seed):
     labels = torch.multinomial(torch.tensor(probabilities), 1)[:, 0].numpy()
     assert figures.calibration(labels, probabilities)[3] < 0.03
     assert figures.calibration(labels, np.eye(10)[labels])[3] == 0
+
+
+def test_performance_has_a_labelled_bar_for_each_model_and_batch():
+    rates = {"mamba": {1: 110.0, 64: 1200.0}, "lstm": {1: 130.0, 64: 1400.0}}
+    _, axes = figures.performance([("parameters", "1")], rates, "here").axes
+    assert [bar.get_width() for bar in axes.patches] == [110.0, 1200.0, 130.0, 1400.0]
+    assert [text.get_text() for text in axes.texts] == ["110 mamba", "1,200 mamba", "130 lstm", "1,400 lstm"]
+    places = [bar.get_y() + bar.get_height() / 2 for bar in axes.patches]
+    assert places[0] < places[2] < places[1] < places[3], "models side by side for each batch"
 
 
 def test_reliability_tells_the_error_and_leaves_empty_bins_out(examples):
