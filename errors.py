@@ -66,11 +66,16 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         _fail(f"the disk is full ({error}); free space and go on with --resume, or write to another disk")
     except (MemoryError, RuntimeError) as error:  # PyTorch has a RuntimeError for each device
-        if not isinstance(error, MemoryError) and not any(
-                words in str(error) for words in ("out of memory", "can't allocate memory")):
+        if not is_out_of_memory(error):
             raise
         _fail(f"the memory is full ({str(error)[:160]}); close other programs, or make batch or model "
               "smaller by --batch-size or --d-model")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the machine or of a device was too small."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("out of memory", "can't allocate memory")))
 
 
 def _fail(message: str) -> NoReturn:

@@ -32,6 +32,7 @@ import data
 import distributed
 import evaluate
 import explain
+import memory
 from baselines import ARCHITECTURES, matched_config
 from flags import MAY_CHANGE_ON_RESUME, argument_parser, as_flags, fill_in, parse_arguments
 from run_log import NoLog, RunLog
@@ -146,7 +147,7 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
         checkpoint.save(last, {**about, **training.state()})
     training.saved = f"{last} (step {training.step})"
     log = RunLog(folder, training.epoch, training.step) if distributed.is_writer() else NoLog()
-    with log, StopRequest() as stop:
+    with log, StopRequest() as stop, memory.told_when_full(training):
         parameters = sum(parameter.numel() for parameter in model.parameters())
         count = distributed.size()
         each = f" in each of {count} processes, {settings.batch_size} together" if count > 1 else ""
