@@ -32,6 +32,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 import checkpoint
+import evaluate
 from benchmarks import timing
 from errors import ArgumentParser, UserError, run_script
 
@@ -51,12 +52,13 @@ def main() -> None:
     rows = []
     for task in arguments.datasets:
         with tempfile.TemporaryDirectory(prefix="crash-test-") as folder:
-            rows.append(crash(task, arguments.kills, arguments.seed, Path(folder), arguments.data_dir))
+            rows.append(crash(task, arguments.kills, arguments.seed, Path(folder), arguments.data_dir,
+                              arguments.device))
         row = rows[-1]
         print(f"{task}: kills survived, weights equal, epochs lost: "
               f"{row['survived']}, {row['equal']}, {row['epochs_lost']} "
               f"({row['runs']} runs, {row['doubled']} doubled points)", flush=True)
-    result = {"machine": timing.machine(torch.device("cpu")), "seed": arguments.seed, "rows": rows}
+    result = {"machine": timing.machine(torch.device(arguments.device)), "seed": arguments.seed, "rows": rows}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"written to {arguments.output}")
@@ -70,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=50, metavar="N", help="kills for each dataset")
     parser.add_argument("--datasets", nargs="+", choices=tuple(TASKS), default=tuple(TASKS),
                         help="what is trained on")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the runs train")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments of the kills")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", metavar="DIR",
                         help="where MNIST is kept")
@@ -78,10 +81,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.kills < 1:
         parser.error(f"--kills must be at least 1, but is {arguments.kills}")
+    evaluate.pick_device(arguments.device)
     return arguments
 
 
-def crash(task: str, kills: int, seed: int, folder: Path, data_dir: Path) -> dict:
+def crash(task: str, kills: int, seed: int, folder: Path, data_dir: Path, device: str) -> dict:
     """Counts of `kills` kills on one dataset; everything is written below `folder`.
 
     kills, runs, and how many kills were survived (the run went on by --resume), led to an end that equals
@@ -90,7 +94,7 @@ def crash(task: str, kills: int, seed: int, folder: Path, data_dir: Path) -> dic
     moments = random.Random(seed)
     undisturbed = folder / "undisturbed"
     began = time.monotonic()
-    start(task, undisturbed, data_dir).wait()
+    start(task, undisturbed, data_dir, device).wait()
     life = time.monotonic() - began
     right = final_state(undisturbed)
     row = {"dataset": task, "kills": kills, "runs": 0, "survived": 0, "equal": 0, "epochs_lost": 0,
@@ -102,7 +106,7 @@ def crash(task: str, kills: int, seed: int, folder: Path, data_dir: Path) -> dic
             row["runs"] += 1
             own = waiting = 0  # kills of this run; those whose --resume has not shown yet that it goes on
             while True:
-                process = start(task, place, data_dir)
+                process = start(task, place, data_dir, device)
                 try:
                     process.wait(moments.random() * life if done < kills else None)
                 except subprocess.TimeoutExpired:
@@ -127,11 +131,11 @@ def crash(task: str, kills: int, seed: int, folder: Path, data_dir: Path) -> dic
     return row
 
 
-def start(task: str, place: Path, data_dir: Path) -> subprocess.Popen:
+def start(task: str, place: Path, data_dir: Path, device: str) -> subprocess.Popen:
     """The training of `task` in the folder `place`, begun or resumed; it prints into out and err there."""
     place.mkdir(exist_ok=True)
     there = any((place / "checkpoints").glob("*.last.pt*"))
-    command = ["--resume"] if there else [*shlex.split(TASKS[task]), "--run-name", "run", "--device", "cpu",
+    command = ["--resume"] if there else [*shlex.split(TASKS[task]), "--run-name", "run", "--device", device,
                                           "--data-dir", str(data_dir.resolve())]
     with (place / "out").open("a") as out, (place / "err").open("a") as err:
         return subprocess.Popen([sys.executable, str(ROOT / "train_mamba.py"), *command], cwd=place,

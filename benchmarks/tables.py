@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository
 
 from benchmarks import throughput_imagenet
+from benchmarks.load_test import LOADS
 from errors import ArgumentParser, UserError, run_script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,6 +142,18 @@ def crash_test() -> str:
     return "\n".join(lines)
 
 
+def load_test() -> str:
+    found = result("load_test")
+    lines = [f"On {machine(found['machine'])}.", "",
+             "| load | times | temporary files | processes | open files | MiB at first | MiB at last |",
+             "|---|---|---|---|---|---|---|"]
+    for row in found["rows"]:
+        lines.append(f"| {LOADS[row['load']]} | {row['count']:,} | {row['temporary_files']} | "
+                     f"{row['processes']} | {row['open_files']} | {row['first_mib']:.0f} | "
+                     f"{row['last_mib']:.0f} |")
+    return "\n".join(lines)
+
+
 def imagenet() -> str:
     """Throughput and memory at the size of ImageNet: a row for each network, a column for each size."""
     found = result("throughput_imagenet")
@@ -174,7 +187,8 @@ def spoken_digits() -> str:
 
 
 TABLES = {"training": training, "scan-cpu": scan_on_cpu, "scan-cuda": scan_on_cuda,
-          "architectures": architectures, "crash-test": crash_test, "imagenet": imagenet,
+          "architectures": architectures, "crash-test": crash_test, "load-test": load_test,
+          "imagenet": imagenet,
           "spoken-digits": spoken_digits}
 
 if __name__ == "__main__":

@@ -64,7 +64,11 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no CUDA device; use --device cpu and sizes for it, see --help")
     torch.set_float32_matmul_precision("high")
-    makers = builders(arguments.d_model, arguments.num_blocks, arguments.patch_size)
+    try:
+        makers = builders(arguments.d_model, arguments.num_blocks, arguments.patch_size)
+    except (ValueError, TypeError, RuntimeError, MemoryError) as error:
+        raise UserError(f"no networks can be built with these sizes ({str(error)[:160]}); choose others by "
+                        "--d-model, --num-blocks and --patch-size") from error
     result = {"machine": timing.machine(device), "d_model": arguments.d_model,
               "num_blocks": arguments.num_blocks, "patch_size": arguments.patch_size,
               "precision": "bfloat16" if device.type == "cuda" else "float32",
@@ -93,8 +97,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=(PLAIN, CAPTURED), metavar="VARIANT",
                         default=argparse.SUPPRESS, help="plain, captured (default: on CUDA both, else plain)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "throughput_imagenet.json",
-                        help="the JSON file")
+    parser.add_argument("--output", type=timing.output_file, help="the JSON file",
+                        default=ROOT / "results" / "throughput_imagenet.json")
     arguments = parser.parse_args()
     if "variants" not in arguments:
         arguments.variants = [PLAIN, CAPTURED] if arguments.device == "cuda" else [PLAIN]

@@ -82,6 +82,15 @@ def output_file(text: str) -> Path:
     return path
 
 
+def output_folder(text: str) -> Path:
+    """An argument's type: a folder where files can be written; it may be new."""
+    path = Path(text)
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"in {text} nothing can be written; choose another folder")
+    return path
+
+
 def machine(device: torch.device) -> dict:
     """What a time depends on: the chip, cores and threads, versions, and how busy the machine was."""
     facts = {

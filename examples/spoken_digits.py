@@ -226,9 +226,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600, metavar="N", help="training steps of 64 pairs")
     parser.add_argument("--takes", type=int, default=5, metavar="N",
                         help="clips of a digit in each accent and voice, of other speeds and pitches")
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data", metavar="DIR",
+    parser.add_argument("--data-dir", type=timing.output_folder, default=ROOT / "data", metavar="DIR",
                         help="where MNIST is kept, and the clips are cached")
-    parser.add_argument("--results-dir", type=Path, default=ROOT / "results", metavar="DIR",
+    parser.add_argument("--results-dir", type=timing.output_folder, default=ROOT / "results", metavar="DIR",
                         help="where spoken-digits.json is written")
     settings = parser.parse_args()
     if min(settings.seeds, settings.steps, settings.takes) < 1:

@@ -256,6 +256,26 @@ def test_any_bytes_are_refused_in_one_line(content, seal, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(damage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)),
+                       min_size=1, max_size=4), cut=st.floats(0.5, 1))
+def test_a_checkpoint_changed_by_someone_who_mends_its_checksum_does_no_harm(damage, cut, tmp_path):
+    """What zip and pickle readers make of it: refused in one line, or read as plain values."""
+    checkpoint.save(tmp_path / "small.pt", {**CONTENTS, "model": {"weight": torch.arange(9.0)}})
+    content = bytearray((tmp_path / "small.pt").read_bytes()[:-checkpoint.SEAL_SIZE])
+    content = content[:max(8, int(cut * len(content)))] if cut < 0.9 else content
+    for place, value in damage:
+        start = int(place * len(content))
+        content[start:start + len(value)] = value
+    (tmp_path / "a.pt").write_bytes(sealed(bytes(content)))
+    try:
+        contents = checkpoint.load(tmp_path / "a.pt")
+    except UserError as error:
+        assert "\n" not in str(error) and "; " in str(error)
+    else:
+        assert contents.keys() >= set(checkpoint.REQUIRED)
+
+
 @pytest.mark.parametrize("contents", [
     b"", b"text", pickle.dumps({"format": 2}), pickle.dumps(CONTENTS["epoch"])], ids=str)
 def test_a_foreign_file_is_refused(contents, tmp_path):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import captured
 import checkpoint
 import data
 import evaluate
@@ -362,6 +363,28 @@ def test_the_average_is_resumed_to_the_bit_and_the_test_set_waits_for_the_last_e
         assert first["val_accuracy"] is third["val_accuracy"] is third["val_loss"] is None
         assert first["test_accuracy"] is second["test_accuracy"] is None and third["test_accuracy"] > 0.1
     assert whole[".pt"]["epoch"] == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("number", [2, STEPS, STEPS + 20], ids="step {}".format)
+def test_a_captured_run_is_resumed_to_the_bit(number, train, tmp_path, monkeypatch):
+    """In bf16: stopped before the capture, after an epoch's smaller last batch, and between replays."""
+    settings = [*SMALL, "--device", "cuda", "--amp", "bf16", "--augment", "elastic", "--erase", 0.25,
+                "--drop-path", 0.2, "--ema", 0.9, "--run-name", "run"]
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
+    folders = ["--runs-dir", "whole/runs", "--checkpoints-dir", "whole/checkpoints"]
+    assert train(*settings, *folders).status == 0
+    assert len(replays) == 2 * (STEPS - 1) - captured.WARM_UP, "but for smaller batches, every step was one"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_step(patch, number)
+        assert train(*settings).status == 130
+    assert checkpoint.load(tmp_path / "checkpoints" / "run.last.pt")["step"] == number
+    done = train("--resume")
+    assert (done.status, done.err) == (0, "")
+    assert_same_run(tmp_path, tmp_path / "whole")
+    ours, theirs = read_scalars(tmp_path), read_scalars(tmp_path / "whole")
+    assert {point: ours[point] for point in theirs} == theirs
 
 
 def test_a_finished_run_is_not_trained_again(train, whole, monkeypatch):

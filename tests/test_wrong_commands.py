@@ -31,7 +31,8 @@ ROOT = Path(__file__).parent.parent
 SCRIPTS = {"train": "train_mamba", "demo": "demo_mamba", "check": "mamba_ssm_simple",
            "accuracy": "benchmarks.accuracy", "scan": "benchmarks.bench_scan",
            "architectures": "benchmarks.compare_architectures", "crash": "benchmarks.crash_test",
-           "tables": "benchmarks.tables"}
+           "load": "benchmarks.load_test", "imagenet": "benchmarks.throughput_imagenet",
+           "spoken": "examples.spoken_digits", "tables": "benchmarks.tables"}
 CONFIG = {"num_classes": 10, "d_model": 8, "num_blocks": 1, "in_channels": 1, "patch_size": 2, "d_state": 2}
 
 
@@ -193,6 +194,30 @@ CASES = [  # (script, arguments, what the line says)
     ("crash", "--datasets cats", "--datasets: invalid choice"),
     ("crash", "--seed now", "--seed: invalid int value"),
     ("crash", "--output file/a.json", "cannot be written; choose another file"),
+    ("crash", "--device toaster", "--device: invalid choice"),
+    ("crash", "--device cuda" if not torch.cuda.is_available() else "--device x", "--device"),
+    ("load", "--loads all", "--loads: invalid choice"),
+    ("load", "--starts 4", "--starts must be at least 5"),
+    ("load", "--starts many", "--starts: invalid int value"),
+    ("load", "--classifications 0", "--classifications must be at least 5"),
+    ("load", "--loads pictures --checkpoint nowhere.pt", "no checkpoint at nowhere.pt"),
+    ("load", "--loads drawings --checkpoint cut.pt", "damaged"),
+    ("load", "--output empty", "empty cannot be written"),
+    ("imagenet", "--device toaster", "--device: invalid choice"),
+    ("imagenet", "--device cuda" if not torch.cuda.is_available() else "--device x", "--device"),
+    ("imagenet", "--device cpu --sizes 0", "--sizes must be at least 1"),
+    ("imagenet", "--device cpu --sizes large", "--sizes: invalid int value"),
+    ("imagenet", "--device cpu --batch-size 0", "--batch-size must be at least 1"),
+    ("imagenet", "--device cpu --repeats 0", "--repeats must be at least 1"),
+    ("imagenet", "--device cpu --patch-size 3", "no networks can be built with these sizes"),
+    ("imagenet", "--device cpu --variants captured", "--variants captured needs --device cuda"),
+    ("imagenet", "--device cpu --output file/a.json", "cannot be written; choose another file"),
+    ("spoken", "--seeds 0", "must be 1 or more"),
+    ("spoken", "--steps few", "--steps: invalid int value"),
+    ("spoken", "--takes -1", "must be 1 or more"),
+    ("spoken", "--data-dir file", "in file nothing can be written"),
+    ("spoken", "--results-dir file/a", "in file/a nothing can be written"),
+    ("spoken", "--winds", "unrecognized arguments: --winds"),
     ("tables", "--write", "unrecognized arguments: --write"),
     ("tables", "--check north", "unrecognized arguments: north"),
 ]
