@@ -1,21 +1,26 @@
 """Images a second and memory at the size of ImageNet: our `imagenet` preset beside a Transformer as large.
 
     python benchmarks/throughput_imagenet.py                       on a GPU: 224 and 448 pixels, batch 128
-    python benchmarks/throughput_imagenet.py --device cpu --sizes 64 --batch-size 2    a trial
+    python benchmarks/throughput_imagenet.py --sizes 448 --variants plain compiled --merge    a part of it
+    python benchmarks/throughput_imagenet.py --device cpu --sizes 64 --batch-size 2           a trial
 
 Synthetic pictures, already on the device; forward, cross entropy and backward, bfloat16 on CUDA by autocast.
 Stem and head are the same for all. `transformer` is as deep as ours, its MLPs as wide as makes the parameters
 equal; `transformer-4x` has the usual MLPs, four times as wide as the tokens, and as many blocks as come
-nearest. Each is measured as it is and with gradient checkpointing, which the preset uses; on CUDA also with
-the step captured in a CUDA graph, where Python's time is none.
+nearest. Each as it is, with its blocks under torch.compile, and both once more with the whole step captured
+in a CUDA graph, where Python's time is none. With gradient checkpointing, as the preset trains, nothing is
+captured: it looks at the state of the random numbers, which a capture forbids. Memory is that of a step before
+the capture.
 
-One network after the other, and round again; each leaves the memory empty to the next. Whatever fails is
-recorded with its reason, and the rest goes on. results/throughput_imagenet.json is written after every size.
+One network after the other, each leaving the memory empty to the next. Whatever fails, for want of memory
+say, is recorded with its reason, and the rest goes on. results/throughput_imagenet.json is written after
+every line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import sys
@@ -33,21 +38,22 @@ from torch import Tensor, nn
 
 from baselines import VisionTransformer, count_on_meta, matched_config
 from benchmarks import timing
-from benchmarks.compare_architectures import CAPTURED, PLAIN, capture
+from benchmarks.compare_architectures import capture, reason
 from errors import ArgumentParser, UserError, run_script
 from mamba_ssm_simple import VisionMamba2
 from presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 1000
+NETWORKS = ("mamba", "transformer", "transformer-4x")
+VARIANTS = ("plain", "captured", "compiled", "compiled-captured", "checkpointing", "compiled-checkpointing")
 
 
 class Row(NamedTuple):
     """One network at one size; where it failed, the times are None and `error` says why."""
 
     network: str
-    variant: str                    # plain, or captured in a CUDA graph
-    checkpointing: bool
+    variant: str                    # one of VARIANTS
     image_size: int
     batch_size: int
     parameters: int
@@ -73,13 +79,20 @@ def main() -> None:
               "num_blocks": arguments.num_blocks, "patch_size": arguments.patch_size,
               "precision": "bfloat16" if device.type == "cuda" else "float32",
               "repeats": arguments.repeats, "rows": []}
+    if arguments.merge and arguments.output.exists():
+        result["rows"] = older_rows(json.loads(arguments.output.read_text(encoding="utf-8")), result)
     print(timing.machine_line(device))
     for size in arguments.sizes:
-        rows = measure(makers, arguments.variants, size, arguments.batch_size, arguments.repeats, device)
-        show(rows)
-        result["rows"] += [row._asdict() for row in rows]
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"\n{size}×{size} pixels, batch {arguments.batch_size}")
+        for variant in arguments.variants:
+            for name in arguments.networks:
+                row = Row(name, variant, size, arguments.batch_size, count_on_meta(makers[name]))
+                row = measure(row, makers[name], arguments.repeats, device)
+                show(row)
+                result["rows"] = [each for each in result["rows"] if not same(each, row)] + [row._asdict()]
+                arguments.output.parent.mkdir(parents=True, exist_ok=True)
+                arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n",
+                                            encoding="utf-8")
     print(f"written to {arguments.output}")
 
 
@@ -94,21 +107,40 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--d-model", type=int, default=preset["d_model"], help="width of the tokens")
     parser.add_argument("--num-blocks", type=int, default=preset["num_blocks"], help="Mamba blocks")
     parser.add_argument("--patch-size", type=int, default=preset["patch_size"], help="pixels a token's side")
-    parser.add_argument("--variants", nargs="+", choices=(PLAIN, CAPTURED), metavar="VARIANT",
-                        default=argparse.SUPPRESS, help="plain, captured (default: on CUDA both, else plain)")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts")
-    parser.add_argument("--output", type=timing.output_file, help="the JSON file",
-                        default=ROOT / "results" / "throughput_imagenet.json")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS, help="which to measure")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=argparse.SUPPRESS,
+                        help="how each is run (default: all on CUDA, else plain and checkpointing)")
+    parser.add_argument("--repeats", type=int, default=5, help="samples of each, of which the median counts")
+    parser.add_argument("--merge", action="store_true",
+                        help="keep the other lines of the JSON file, measured on the same machine")
+    parser.add_argument("--output", type=timing.output_file,
+                        default=ROOT / "results" / "throughput_imagenet.json", help="the JSON file")
     arguments = parser.parse_args()
     if "variants" not in arguments:
-        arguments.variants = [PLAIN, CAPTURED] if arguments.device == "cuda" else [PLAIN]
-    if CAPTURED in arguments.variants and arguments.device == "cpu":
-        parser.error("--variants captured needs --device cuda")
+        arguments.variants = VARIANTS if arguments.device == "cuda" else ("plain", "checkpointing")
+    if arguments.device == "cpu" and any("captured" in variant for variant in arguments.variants):
+        parser.error("only a step on CUDA can be captured; leave such --variants out, or use --device cuda")
     for name in ("sizes", "batch_size", "d_model", "num_blocks", "patch_size", "repeats"):
         value = getattr(arguments, name)
         if min(value if isinstance(value, list) else [value]) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return arguments
+
+
+def older_rows(older: dict, result: dict) -> list[dict]:
+    """The rows of an older file. Raises UserError where another machine or other networks made them."""
+    for key in ("d_model", "num_blocks", "patch_size"):
+        if older[key] != result[key]:
+            raise UserError(f"the older file has {key} {older[key]}; leave out --merge")
+    for key in ("cpu", "gpu", "torch"):
+        if older["machine"].get(key) != result["machine"].get(key):
+            raise UserError(f"the older file was measured with another {key}; leave out --merge")
+    return older["rows"]
+
+
+def same(older: dict, row: Row) -> bool:
+    """Whether both are of one network, variant and size."""
+    return all(older[key] == getattr(row, key) for key in Row._fields[:4])
 
 
 # ---- The networks -----------------------------------------------------------------------------------------
@@ -136,15 +168,18 @@ def builders(d_model: int, num_blocks: int, patch_size: int) -> dict[str, Callab
 class Step:
     """Forward, loss and backward of a network on one batch; calling it computes every gradient anew."""
 
-    def __init__(self, make: Callable[[], nn.Module], checkpointing: bool, size: int, batch_size: int,
+    def __init__(self, make: Callable[[], nn.Module], variant: str, size: int, batch_size: int,
                  device: torch.device) -> None:
         torch.manual_seed(0)
         self.model, self.device = make().to(device).train(), device
-        self.model.gradient_checkpointing = checkpointing
+        self.model.gradient_checkpointing = "checkpointing" in variant
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         self.model.stem.to(memory_format=layout)
         self.images = torch.randn(batch_size, 3, size, size, device=device).to(memory_format=layout)
         self.labels = torch.randint(CLASSES, (batch_size,), device=device)
+        if "compiled" in variant:  # block by block: alike, they are compiled once and not 24 times
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
 
     def __call__(self) -> Tensor:
         self.model.zero_grad(set_to_none=True)
@@ -161,32 +196,24 @@ class Step:
             raise ValueError("the loss or a gradient is NaN or infinite")
 
 
-def measure(makers: dict[str, Callable[[], nn.Module]], variants: list[str], size: int, batch_size: int,
-            repeats: int, device: torch.device) -> list[Row]:
-    """Every network at one size, with gradient checkpointing and without."""
-    rows = [Row(name, variant, checkpointing, size, batch_size, count_on_meta(make))
-            for name, make in makers.items() for variant in variants for checkpointing in (False, True)]
-    samples: list[list[float]] = [[] for _ in rows]
-    for number in range(repeats):
-        for index, row in enumerate(rows):
-            if row.error is not None:
-                continue
-            step = function = None
-            try:
-                step = Step(makers[row.network], row.checkpointing, size, batch_size, device)
-                if number == 0:
-                    step.check_finite()
-                    rows[index] = row = row._replace(peak_mib=peak_mib(step))
-                function = capture(step) if row.variant == CAPTURED else step
-                samples[index] += timing.interleave({"step": function}, 1, device)["step"]
-            except Exception as error:  # a kernel, the memory: the others go on
-                rows[index] = row._replace(
-                    error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
-            del step, function  # and what they hold of the memory
-            free(device)
-    return [row if row.error else row._replace(
-        median_ms=1000 * timing.median(times), images_per_second=batch_size / timing.median(times),
-        spread=timing.spread(times)) for row, times in zip(rows, samples, strict=True)]
+def measure(row: Row, make: Callable[[], nn.Module], repeats: int, device: torch.device) -> Row:
+    """The row with its times and memory, or with the reason why there are none."""
+    step = function = None
+    try:
+        step = Step(make, row.variant, row.image_size, row.batch_size, device)
+        step.check_finite()
+        row = row._replace(peak_mib=peak_mib(step))
+        function = capture(step) if "captured" in row.variant else step
+        times = timing.interleave({"step": function}, repeats, device)["step"]
+        row = row._replace(median_ms=1000 * timing.median(times), spread=timing.spread(times),
+                           images_per_second=row.batch_size / timing.median(times))
+    except Exception as error:  # a compiler, a kernel, the memory: the others go on
+        row = row._replace(error=reason(error))
+    del step, function  # and what they hold of the memory
+    if "compiled" in row.variant:
+        torch.compiler.reset()  # or it would count the next network as the same one, changed too often
+    free(device)
+    return row
 
 
 def peak_mib(step: Step) -> float | None:
@@ -203,22 +230,21 @@ def free(device: torch.device) -> None:
     """Leave the memory empty to the next network."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # what has failed before is recorded already
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
 
 
-def show(rows: list[Row]) -> None:
-    print(f"\n{rows[0].image_size}×{rows[0].image_size} pixels, batch {rows[0].batch_size}")
-    for row in rows:
-        time = "" if row.median_ms is None else (f"{row.images_per_second:10,.0f} images/s"
-                                                 f"{row.median_ms:10.1f} ms{100 * row.spread:6.1f}%")
-        memory = "" if row.peak_mib is None else f"{row.peak_mib:10,.0f} MiB"
-        error = "" if row.error is None else f"  {row.error}"
-        print(f"  {label(row._asdict()):<46}{row.parameters:>12,}{time}{memory}{error}", flush=True)
+def show(row: Row) -> None:
+    time = "" if row.median_ms is None else (f"{row.images_per_second:10,.0f} images/s"
+                                             f"{row.median_ms:10.1f} ms{100 * row.spread:6.1f}%")
+    memory = "" if row.peak_mib is None else f"{row.peak_mib:10,.0f} MiB"
+    error = "" if row.error is None else f"  {row.error}"
+    print(f"  {label(row._asdict()):<40}{row.parameters:>12,}{time}{memory}{error}", flush=True)
 
 
 def label(row: dict) -> str:
-    return f"{row['network']}, {row['variant']}{', checkpointing' if row['checkpointing'] else ''}"
+    return f"{row['network']}, {row['variant'].replace('-', ', ')}"
 
 
 if __name__ == "__main__":

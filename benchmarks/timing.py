@@ -76,7 +76,7 @@ def ratio(theirs: list[float], ours: list[float]) -> float:
 def output_file(text: str) -> Path:
     """An argument's type: a file that can be written; it and its folder may be new."""
     path = Path(text)
-    there = next(folder for folder in path.absolute().parents if folder.exists())
+    there = next((folder for folder in path.absolute().parents if folder.exists()), path)
     if path.is_dir() or not there.is_dir() or not os.access(path if path.exists() else there, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written; choose another file")
     return path

@@ -35,30 +35,73 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_it_measures_every_network_and_its_table_is_made(run, tmp_path, monkeypatch):
     found, out = run(*SMALL)
-    assert [(row["network"], row["checkpointing"], row["image_size"]) for row in found["rows"]] == [
-        (name, checkpointing, size) for size in (32, 48)
-        for name in ("mamba", "transformer", "transformer-4x") for checkpointing in (False, True)]
+    assert [(row["network"], row["variant"], row["image_size"]) for row in found["rows"]] == [
+        (name, variant, size) for size in (32, 48) for variant in ("plain", "checkpointing")
+        for name in throughput_imagenet.NETWORKS]
     assert all(row["error"] is None and row["images_per_second"] > 0 and row["spread"] >= 0
                for row in found["rows"])
     assert out.count("images/s") == 12
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    assert "| mamba, plain, checkpointing |" in tables.imagenet()
+    assert "| mamba, checkpointing |" in tables.imagenet()
     assert "32×32, batch 2 | 48×48, batch 2 |" in tables.imagenet()
 
 
-def test_a_failure_is_recorded_and_the_rest_goes_on(run, monkeypatch):
+def test_a_part_of_it_is_measured_again_and_the_rest_kept(run):
+    first, _ = run(*SMALL)
+    second, out = run(*SMALL, "--sizes", "48", "--networks", "mamba", "--variants", "plain", "--merge")
+    assert out.count("images/s") == 1
+    *kept, new = second["rows"]
+    assert (new["network"], new["variant"], new["image_size"]) == ("mamba", "plain", 48)
+    assert kept == [row for row in first["rows"] if not throughput_imagenet.same(
+        row, throughput_imagenet.Row("mamba", "plain", 48, 2, 0))]
+    with pytest.raises(SystemExit, match="2"):
+        run(*SMALL, "--d-model", "24", "--merge")
+
+
+@pytest.mark.parametrize("wrong", [("--variants", "captured"), ("--sizes", "0"), ("--networks", "lstm"),
+                                   ("--output", "/")])
+def test_wrong_commands_are_refused(wrong, run, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(*SMALL, *wrong)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_failure_is_recorded_and_the_rest_goes_on(run, tmp_path, monkeypatch):
     builders = throughput_imagenet.builders
+    written = []
 
     def broken():
         raise torch.cuda.OutOfMemoryError("no\nmemory")
 
+    def show(row):
+        output = tmp_path / "results" / "throughput_imagenet.json"
+        written.append(len(json.loads(output.read_text())["rows"]) if output.exists() else 0)
+
     monkeypatch.setattr(throughput_imagenet, "count_on_meta", lambda make: 0)
-    monkeypatch.setattr(throughput_imagenet, "builders",
-                        lambda *sizes: {"mamba": broken, "transformer": builders(*sizes)["transformer"]})
-    found, _ = run(*SMALL[:3], *SMALL[4:])
+    monkeypatch.setattr(throughput_imagenet, "show", show)
+    monkeypatch.setattr(throughput_imagenet, "builders", lambda *sizes: builders(*sizes) | {"mamba": broken})
+    found, _ = run(*SMALL, "--sizes", "32", "--networks", "mamba", "transformer")
     errors = [row["error"] for row in found["rows"]]
-    assert errors == ["OutOfMemoryError: no memory"] * 2 + [None] * 2
-    assert found["rows"][0]["images_per_second"] is None and found["rows"][2]["images_per_second"] > 0
+    assert errors == ["OutOfMemoryError: no memory", None] * 2
+    assert found["rows"][0]["images_per_second"] is None and found["rows"][1]["images_per_second"] > 0
+    assert written == [0, 1, 2, 3], "the file is written after every line"
+
+
+@pytest.mark.parametrize("network", ["mamba", "transformer"])
+def test_every_variant_computes_the_same_gradients(network, seed):
+    make = throughput_imagenet.builders(16, 2, 8)[network]
+    gradients = {}
+    for variant in ("plain", "checkpointing", "compiled", "compiled-checkpointing"):
+        step = throughput_imagenet.Step(make, variant, 32, 2, torch.device("cpu"))
+        if "compiled" in variant:  # what is compiled, without the minute that a C++ compiler takes
+            torch.compiler.reset()
+            for block in step.model.blocks:
+                block.compile(backend="aot_eager", dynamic=False)
+        step.check_finite()
+        gradients[variant] = [parameter.grad for parameter in step.model.parameters()]
+    for found in gradients.values():
+        for gradient, expected in zip(found, gradients["plain"], strict=True):
+            torch.testing.assert_close(gradient, expected)
 
 
 def test_the_networks_of_the_preset_are_as_large_as_ours():
