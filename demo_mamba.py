@@ -179,13 +179,14 @@ def test(demo: TrainedModel, animated: bool = False) -> tuple[list[Path], dict]:
                              *(f"{name:<32}{value:>20}" for name, value in numbers), "", PERFORMANCE_NOTES])
 
     accuracy = f"{100 * right / len(labels):.2f}% ({right:,} of {len(labels):,} {demo.dataset_name} images)"
+    width = max(12, *(len(name) + 2 for name in demo.classes))
     summary = [
         f"test accuracy {accuracy}",
         f"{demo.path} ({demo.architecture}, epoch {demo.epoch}) on {found['device']}",
         "",
-        f"{'class':<12}{'precision':>10}{'recall':>10}{'F1':>10}{'images':>10}",
-        *(f"{name:<12}{100 * row['precision']:>10.2f}{100 * row['recall']:>10.2f}{100 * row['f1']:>10.2f}"
-          f"{row['images']:>10,}" for name, row in found["classes"].items()),
+        f"{'class':<{width}}{'precision':>10}{'recall':>10}{'F1':>10}{'images':>10}",
+        *(f"{name:<{width}}{100 * row['precision']:>10.2f}{100 * row['recall']:>10.2f}"
+          f"{100 * row['f1']:>10.2f}{row['images']:>10,}" for name, row in found["classes"].items()),
         "",
         *(f"{name:<32}{value:>20}" for name, value in numbers),
     ]

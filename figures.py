@@ -115,12 +115,12 @@ def predictions(images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, 
     """The first `most` images with the predicted class and its probability; wrong ones are crossed."""
     images, labels, probabilities = (np.asarray(array[:most]) for array in (images, labels, probabilities))
     predicted = probabilities.argmax(axis=1)
-    figure, cells = _grid(len(images), columns=8, side=0.86, text_lines=2)
+    figure, cells = _grid(len(images), columns=8, side=0.86, text_lines=3)
     for cell, image, label, guess, row in zip(cells, images, labels, predicted, probabilities, strict=True):
         right = guess == label
         _picture(cell, image, wrong=not right)
-        second = f"{100 * row[guess]:.1f}%" + ("" if right else f", is {classes[label]}")
-        _caption(cell, classes[guess] if right else f"✗ {classes[guess]}", second, right)
+        second = f"{100 * row[guess]:.1f}%" + ("" if right else f"\nis {_short(classes[label])}")
+        _caption(cell, f"{'' if right else '✗ '}{_short(classes[guess])}", second, right)
     right = int((predicted == labels).sum())
     _title(figure, "Predictions", f"predicted class and its probability; {right} of these {len(images)} right"
            + ("" if right == len(images) else ", wrong ones crossed and dashed"))
@@ -147,9 +147,9 @@ def mistakes(images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, cla
     for cell, index in zip(cells, shown, strict=True):
         first, second = order[index, :2]
         _picture(cell, images[index], wrong=True)
-        truth = f"is {classes[labels[index]]} ({100 * probabilities[index, labels[index]]:.1f}%)"
-        runner_up = f"then {classes[second]} ({100 * probabilities[index, second]:.1f}%)"
-        _caption(cell, f"✗ {classes[first]} ({100 * probabilities[index, first]:.1f}%)",
+        truth = f"is {_short(classes[labels[index]])} ({100 * probabilities[index, labels[index]]:.1f}%)"
+        runner_up = f"then {_short(classes[second])} ({100 * probabilities[index, second]:.1f}%)"
+        _caption(cell, f"✗ {_short(classes[first])} ({100 * probabilities[index, first]:.1f}%)",
                  f"{runner_up}\n{truth}", right=False)
     which = "" if len(shown) == len(wrong) else f", the {len(shown)} most confident shown"
     _title(figure, "Mistakes", f"{len(wrong):,} of {len(labels):,} wrong "
@@ -170,9 +170,9 @@ def hardest(images: ArrayLike, labels: ArrayLike, probabilities: ArrayLike, clas
     for cell, index in zip(cells, shown, strict=True):
         (first, second), right = order[index, :2], order[index, 0] == labels[index]
         _picture(cell, images[index], wrong=not right)
-        runner_up = f"or {classes[second]} ({100 * ranked[index, 1]:.1f}%)?"
-        _caption(cell, f"{'' if right else '✗ '}{classes[first]} ({100 * ranked[index, 0]:.1f}%)",
-                 f"{runner_up}\nis {classes[labels[index]]}", right)
+        runner_up = f"or {_short(classes[second])} ({100 * ranked[index, 1]:.1f}%)?"
+        _caption(cell, f"{'' if right else '✗ '}{_short(classes[first])} ({100 * ranked[index, 0]:.1f}%)",
+                 f"{runner_up}\nis {_short(classes[labels[index]])}", right)
     right = int((order[shown, 0] == labels[shown]).sum())
     _title(figure, "The hardest images", f"where prediction and runner-up are closest; {right} of these "
            f"{len(shown)} right\nunder each image: prediction, runner-up, truth")
@@ -447,8 +447,8 @@ def _grid(count: int, columns: int, side: float, text_lines: int,
     """
     columns = max(1, min(columns, count))
     rows = max(1, -(-count // columns))
-    step, drop = 1.28 * side, side + 0.17 * text_lines + 0.12
-    width = max(5, columns * step - 0.28 * side + 2 * MARGIN)
+    step, drop = 1.34 * side, side + 0.17 * text_lines + 0.12
+    width = max(5, columns * step - 0.34 * side + 2 * MARGIN)
     height = _title_height(subtitle_lines) + rows * drop
     figure = Figure(figsize=(width, height), dpi=DPI)
     cells = []
@@ -477,9 +477,14 @@ def _caption(axes: Axes, first: str, rest: str, right: bool) -> None:
     """Write below a picture: the prediction in bold, then smaller what there is to know about it."""
     place = {"xy": (0.5, 0), "xycoords": "axes fraction", "textcoords": "offset points", "ha": "center",
              "va": "top"}
-    axes.annotate(first, xytext=(0, -5), weight="bold", fontsize=9, color=INK if right else WRONG, **place)
+    axes.annotate(first, xytext=(0, -5), weight="bold", fontsize=8.5, color=INK if right else WRONG, **place)
     axes.annotate(rest, xytext=(0, -17), fontsize=7.5, color=MUTED if right else INK, linespacing=1.35,
                   **place)
+
+
+def _short(name: str, letters: int = 10) -> str:
+    """A class's name, cut to what has room below a picture."""
+    return name if len(name) <= letters else f"{name[:letters - 1].rstrip(' _-')}…"
 
 
 def _title_height(subtitle_lines: int) -> float:

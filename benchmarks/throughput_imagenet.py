@@ -9,8 +9,8 @@ Stem and head are the same for all. `transformer` is as deep as ours, its MLPs a
 equal; `transformer-4x` has the usual MLPs, four times as wide as the tokens, and as many blocks as come
 nearest. Each as it is, with its blocks under torch.compile, and both once more with the whole step captured
 in a CUDA graph, where Python's time is none. With gradient checkpointing, as the preset trains, nothing is
-captured: it looks at the state of the random numbers, which a capture forbids. Memory is that of a step before
-the capture.
+captured: it looks at the state of the random numbers, which a capture forbids. Memory is that of a step
+before the capture.
 
 One network after the other, each leaving the memory empty to the next. Whatever fails, for want of memory
 say, is recorded with its reason, and the rest goes on. results/throughput_imagenet.json is written after

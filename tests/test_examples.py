@@ -57,6 +57,19 @@ def test_both_kinds_of_token_reach_the_logits(seed):
     assert not torch.allclose(model(None, sound), model(image, sound))
 
 
+def test_no_voice_is_in_two_parts():
+    parts = [set(voices) for voices in spoken_digits.VOICES.values()]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 34
+
+
+def test_the_pair_beats_either_alone_in_the_results():
+    found = json.loads((DATA_DIR.parent / "results" / "spoken-digits.json").read_text())
+    runs = {(run["seed"], run["inputs"]): run["test_accuracy"] for run in found["runs"]}
+    assert {seed for seed, _ in runs} == {0, 1, 2}
+    for seed in range(3):
+        assert runs[seed, "both"] > max(runs[seed, "image"], runs[seed, "sound"]) + 0.02
+
+
 def test_without_espeak_it_says_how_to_get_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(sys, "argv", ["spoken_digits.py", "--data-dir", str(tmp_path)])
@@ -69,7 +82,7 @@ def test_without_espeak_it_says_how_to_get_it(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(not (DATA_DIR / "MNIST" / "raw").is_dir(), reason="MNIST is not in data/")
 def test_the_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(spoken_digits, "ACCENTS", ("en-us",))
-    monkeypatch.setattr(spoken_digits, "VOICES", {"train": ("m1",), "test": ("f2",)})
+    monkeypatch.setattr(spoken_digits, "VOICES", {"train": ("m1",), "val": ("m2",), "test": ("f2",)})
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "MNIST").symlink_to(DATA_DIR / "MNIST")
     monkeypatch.setattr(sys, "argv", ["spoken_digits.py", "--seeds", "1", "--steps", "3", "--takes", "1",
@@ -77,8 +90,10 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     run_script(spoken_digits.main)
     found = json.loads((tmp_path / "spoken-digits.json").read_text())
     assert [run["inputs"] for run in found["runs"]] == ["image", "sound", "both"]
-    assert found["clips"] == {"train": 10, "test": 10}
-    assert all(0 <= each["mean"] <= 1 for each in found["test_accuracy"].values())
+    assert found["clips"] == {"train": 10, "val": 10, "test": 10}
+    for part in ("val", "test"):
+        means = {run["inputs"]: run[f"{part}_accuracy"] for run in found["runs"]}
+        assert {inputs: each["mean"] for inputs, each in found[f"{part}_accuracy"].items()} == means
     # The clips are cached, and speech: no two alike, each between silences.
     (cache,) = (tmp_path / "data").glob("*.npz")
     monkeypatch.setattr(spoken_digits, "speak", lambda *_: pytest.fail("spoken again"))

@@ -200,3 +200,13 @@ def test_robustness_shows_every_curve_and_example():
 def test_the_colours_of_errors_grow_darker_in_grey_print():
     grey = figures.ERRORS(np.linspace(0, 1, 64))[:, :3] @ (0.299, 0.587, 0.114)
     assert (np.diff(grey) < 0).all()
+
+
+def test_long_names_do_not_run_into_each_other(examples):
+    images, labels = examples
+    classes = [f"{name}_and_something_longer" for name in LONG]
+    for draw in (figures.predictions, figures.mistakes, figures.hardest):
+        figure = draw(images, labels, guesses(labels, 40), classes)
+        boxes = [text.get_window_extent() for axes in figure.axes for text in axes.texts]
+        overlaps = sum(a.overlaps(b) for number, a in enumerate(boxes) for b in boxes[:number])
+        assert not overlaps, draw.__name__
