@@ -118,8 +118,9 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if "variants" not in arguments:
         arguments.variants = VARIANTS if arguments.device == "cuda" else ("plain", "checkpointing")
-    if arguments.device == "cpu" and any("captured" in variant for variant in arguments.variants):
-        parser.error("only a step on CUDA can be captured; leave such --variants out, or use --device cuda")
+    for variant in arguments.variants:
+        if "captured" in variant and arguments.device == "cpu":
+            parser.error(f"--variants {variant} needs --device cuda")
     for name in ("sizes", "batch_size", "d_model", "num_blocks", "patch_size", "repeats"):
         value = getattr(arguments, name)
         if min(value if isinstance(value, list) else [value]) < 1:
