@@ -124,6 +124,16 @@ def test_damaged_idx_files_are_one_line(spoil, says, small, seed, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("name", "channels"), [("mnist", 3), ("cifar10", 1), ("cifar10", 4)])
+def test_a_wrong_number_of_channels_is_one_line(name, channels):
+    entry = data.DATASETS[name]
+    side = entry.image_size
+    images = np.zeros((2, channels, side, side), np.uint8)
+    with pytest.raises(UserError, match=rf"\({channels}, .*must be \({entry.in_channels}, ") as caught:
+        data.check_arrays(name, entry, images, np.zeros(2, np.int64))
+    assert "\n" not in str(caught.value)
+
+
 # ---- CIFAR: pickles
 
 
