@@ -82,7 +82,8 @@ def _backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
               implementation: str) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dweight, dbias = importlib.import_module(MODULES[implementation]).backward(dout, x, weight, bias, dx)
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype if bias is None else bias.dtype)
+    # Contiguous, as the fake one says, or torch.compile refuses it.
+    return dx, dweight.to(weight.dtype).contiguous(), dbias.to(weight.dtype if bias is None else bias.dtype)
 
 
 @_backward.register_fake
