@@ -21,7 +21,7 @@ from mamba_ssm_simple import SCANS
 from presets import PRESETS
 
 MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "workers", "device", "runs_dir", "checkpoints_dir",
-                        "checkpoint_every"}
+                        "checkpoint_every", "profile"}
 
 
 def parse_arguments(given: Sequence[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
@@ -121,6 +121,8 @@ def argument_parser() -> ArgumentParser:
         help="mixed precision of matrix products; auto is bf16 on CUDA and off elsewhere")
     add("--compile", action=argparse.BooleanOptionalAction, default=False,
         help="torch.compile the model: a minute more at the start, and less time for each step on CUDA")
+    add("--profile", action=argparse.BooleanOptionalAction, default=False,
+        help="train a few dozen steps, print the time of a step and the share of each part; write nothing")
     add("--limit-train", type=positive_int, metavar="N", default=None,
         help="use only the first N training images (None: all)")
     add("--train-on-all", action=argparse.BooleanOptionalAction, default=False,

@@ -33,6 +33,7 @@ import distributed
 import evaluate
 import explain
 import memory
+import profile_step
 from baselines import ARCHITECTURES, matched_config
 from flags import MAY_CHANGE_ON_RESUME, argument_parser, as_flags, fill_in, parse_arguments
 from run_log import NoLog, RunLog
@@ -137,6 +138,12 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     training = Training(model, dataset, settings, device)
     if resumed:
         training.load(resumed)
+    if settings.profile:
+        if distributed.size() > 1:
+            raise UserError("--profile looks into one process; run it without torchrun")
+        with memory.told_when_full(training):
+            profile_step.show(training)
+        return
     about = {"architecture": settings.model, "config": config,
              "dataset": {"name": dataset.name, "classes": list(dataset.classes), "mean": list(dataset.mean),
                          "std": list(dataset.std), "shape": list(dataset.shape)},
