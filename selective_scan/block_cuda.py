@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from selective_scan.sums_cuda import sum_rows
+
 TILE = 2048      # numbers of one program's tile: whole tokens
 PROGRAMS = 1056  # of the norm's backward, at most: eight a processor of an H100; each leaves a partial sum
 
@@ -123,7 +125,8 @@ def norm_backward(dout: Tensor, dy: Tensor, x: Tensor, weight: Tensor, eps: floa
     sums = torch.empty(programs, 2, d, device=x.device)
     norm_backward_kernel[(programs,)](x, weight, dout, dy, dx, sums, rows, each, height, width, eps, d,
                                       **_order(direction), **tile)
-    return dx, sums[:, 0].sum(0), sums[:, 1].sum(0)
+    dweight, dbias = sum_rows(sums)
+    return dx, dweight, dbias.clone()  # an operator's outputs must not share memory
 
 
 def add_residual(x: Tensor, branch: Tensor, scale: Tensor | None, direction: str) -> Tensor:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from selective_scan.sums_cuda import sum_rows
+
 SEGMENT = 16  # steps of one program: more reads fewer inputs twice, fewer keep more of the chip busy
 BLOCK = 128   # channels of one program
 
@@ -125,7 +127,7 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
         dout, x, weight, weight if bias is None else bias, dx, sums, l, segments, *dout.stride()[:2],
         *x.stride()[:2], *dx.stride()[:2], e, TAPS=taps, HAS_BIAS=bias is not None, SEGMENT=SEGMENT,
         BLOCK=BLOCK, num_warps=2)
-    sums = sums.sum(0)
+    sums = sum_rows(sums)
     return sums[:taps].T.reshape(e, 1, taps), sums[taps].clone()
 
 

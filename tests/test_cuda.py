@@ -131,22 +131,25 @@ def test_causal_conv(shape, dtype, seed, device):
         assert (a.double() - expected).norm() < TOLERANCE[dtype][index > 0] * expected.norm()
 
 
+def output_and_gradients(module, x, dy, function):
+    """Of `function(x)`, what `module` computes: the output, and the gradients of x and of its parameters."""
+    x = x.detach().requires_grad_()
+    out = function(x)
+    gradients = torch.autograd.grad(out, [x, *module.parameters()], dy.to(out.dtype))
+    return dict(zip(("out", "x", *dict(module.named_parameters())), (out, *gradients), strict=True))
+
+
 def assert_equal_modules(given, dy, module, one_operator):
-    """`one_operator(x)` and every gradient are those of the module line by line, in float64."""
+    """Output and gradients of the operator are those of the module line by line in float64."""
     wide = copy.deepcopy(module).double()
-    x = given.double().requires_grad_()
-    right = wide(x)
-    right.backward(dy.double())
-    one = given.requires_grad_()
-    got = one_operator(one)
-    got.backward(dy)
-    pairs = {"out": (got, right), "x": (one.grad, x.grad)}
-    pairs |= {name: (parameter.grad, dict(wide.named_parameters())[name].grad)
-              for name, parameter in module.named_parameters()}
-    # Products in bfloat16 follow each other here: five roundings, where the scan alone has one.
-    limit = 1e-5 if given.dtype == torch.float32 else 4e-2
-    for name, (a, expected) in pairs.items():
-        assert (a.double() - expected).norm() < limit * expected.norm(), name
+    right = output_and_gradients(wide, given.double(), dy.double(), wide)
+    got = output_and_gradients(module, given, dy, one_operator)
+    # Products in bfloat16 follow each other here: five roundings, where the scan alone has one; and few
+    # tokens, over which they do not average out.
+    limit = 1e-5 if given.dtype == torch.float32 else 6e-2
+    for name, expected in right.items():
+        error = ((got[name].double() - expected).norm() / expected.norm()).item()
+        assert error < limit, f"{name}: relative error {error:.1e}"
 
 
 @runs_here
