@@ -31,7 +31,7 @@ class VisionLSTM(nn.Module):
     whatever was asked for (aten/src/ATen/cudnn/AutocastRNN.cpp), and no scaler keeps its gradients alive.
 
     Args:
-        num_classes, d_model, in_channels, patch_size, permute_seed: see `VisionMamba2`.
+        num_classes, d_model, in_channels, patch_size, permute_seed, stem_depth: see `VisionMamba2`.
         num_blocks: layers.
         hidden_size: states of a layer.
         bidirectional: each layer reads both ways.
@@ -40,10 +40,10 @@ class VisionLSTM(nn.Module):
 
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
                  patch_size: int = 4, hidden_size: int = 120, bidirectional: bool = False,
-                 permute_seed: int | None = None, drop_path: float = 0.0):
+                 permute_seed: int | None = None, drop_path: float = 0.0, stem_depth: int = 1):
         super().__init__()
         self.permute_seed = permute_seed
-        self.stem = stem(in_channels, d_model, patch_size)
+        self.stem = stem(in_channels, d_model, patch_size, stem_depth)
         self.lstm = nn.LSTM(d_model, hidden_size, num_blocks, batch_first=True, bidirectional=bidirectional,
                             dropout=drop_path if num_blocks > 1 else 0.0)
         # A gate that starts open remembers (Jozefowicz, Zaremba and Sutskever, ICML 2015); i, f, g, o.
@@ -76,7 +76,7 @@ class VisionTransformer(nn.Module):
     """Stem, positions, pre-norm Transformer blocks, a head on the mean token (arXiv 2205.01580).
 
     Args:
-        num_classes, d_model, num_blocks, in_channels, patch_size, permute_seed, drop_path: see
+        num_classes, d_model, num_blocks, in_channels, patch_size, permute_seed, drop_path, stem_depth: see
             `VisionMamba2`.
         mlp_width: width m of the MLPs.
         num_heads: heads of the attention; 0 takes one for each 64 channels, as is usual.
@@ -89,10 +89,10 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
                  patch_size: int = 4, mlp_width: int = 200, num_heads: int = 0,
-                 permute_seed: int | None = None, drop_path: float = 0.0):
+                 permute_seed: int | None = None, drop_path: float = 0.0, stem_depth: int = 1):
         super().__init__()
         self.permute_seed = permute_seed
-        self.stem = stem(in_channels, d_model, patch_size)
+        self.stem = stem(in_channels, d_model, patch_size, stem_depth)
         self.blocks = nn.ModuleList(
             TransformerBlock(d_model, mlp_width, num_heads, drop_path * (index + 1) / num_blocks)
             for index in range(num_blocks))

@@ -89,6 +89,9 @@ def argument_parser() -> ArgumentParser:
     add("--patch-size", type=power_of_two, metavar="PIXELS", default=None,
         help="side of a token, a power of two; MNIST: 4 gives 7×7 tokens, 2 gives 14×14 (None: the dataset's "
         "own, 4 for mnist, 2 for digits)")
+    add("--stem-depth", type=positive_int, metavar="N", default=1,
+        help="convolutions for each halving of the image on its way to tokens; more see strokes better, and "
+        "take more time")
     add("--scan", choices=SCANS, default="cross",
         help="order in which mamba reads tokens: each row its own sequence; all of them row by row; "
         "successive blocks right, down, left, up")

@@ -218,6 +218,7 @@ class VisionMamba2(nn.Module):
         in_channels: channels of the image.
         patch_size: pixels along a token's side, a power of two: each factor of two is a 3×3 convolution of
             stride 2; with 1 every pixel is a token and no convolution mixes pixels.
+        stem_depth: convolutions for each factor of two, at least 1; all but the last have stride 1.
         scan, d_state, d_conv, expand, bidirectional: see `MambaBlock`.
         permute_seed: the pixels are first put into one fixed random order, a function of this number and of
             the image's size (permuted sequential MNIST); None leaves them where they are.
@@ -232,10 +233,10 @@ class VisionMamba2(nn.Module):
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
                  patch_size: int = 4, scan: str = "cross", d_state: int = 16, d_conv: int = 4,
                  expand: int = 2, bidirectional: bool = False, permute_seed: int | None = None,
-                 drop_path: float = 0.0):
+                 drop_path: float = 0.0, stem_depth: int = 1):
         super().__init__()
         self.permute_seed = permute_seed
-        self.stem = stem(in_channels, d_model, patch_size)
+        self.stem = stem(in_channels, d_model, patch_size, stem_depth)
         self.blocks = nn.ModuleList(
             MambaBlock(d_model, scan, index, d_state, d_conv, expand, bidirectional,
                        drop_path * (index + 1) / num_blocks)
@@ -256,8 +257,12 @@ class VisionMamba2(nn.Module):
         return self.head(self.norm(x).mean(dim=(1, 2)))
 
 
-def stem(in_channels: int, d_model: int, patch_size: int) -> nn.Sequential:
-    """Image (b, in_channels, height, width) → tokens (b, d, ⌈height/patch⌉, ⌈width/patch⌉)."""
+def stem(in_channels: int, d_model: int, patch_size: int, depth: int = 1) -> nn.Sequential:
+    """Image (b, in_channels, height, width) → tokens (b, d, ⌈height/patch⌉, ⌈width/patch⌉).
+
+    Each halving doubles the channels, up to d. Of the `depth` convolutions of one, the last has stride 2 and
+    these channels, the others half of them at the resolution before.
+    """
     halvings = patch_size.bit_length() - 1
     if patch_size < 1 or patch_size != 2**halvings:
         raise ValueError(f"patch_size must be a power of two, but is {patch_size}")
@@ -266,8 +271,11 @@ def stem(in_channels: int, d_model: int, patch_size: int) -> nn.Sequential:
     widths = [in_channels, *(max(1, d_model >> (halvings - i)) for i in range(1, halvings + 1))]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
-        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after),
-                   nn.SiLU()]
+        steps = [(max(1, after // 2), 1)] * (depth - 1) + [(after, 2)]
+        for channels, stride in steps:
+            layers += [nn.Conv2d(before, channels, 3, stride, padding=1, bias=False),
+                       nn.BatchNorm2d(channels), nn.SiLU()]
+            before = channels
     return nn.Sequential(*layers)
 
 

@@ -155,6 +155,7 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     training.saved = f"{last} (step {training.step})"
     log = RunLog(folder, training.epoch, training.step) if distributed.is_writer() else NoLog()
     with log, StopRequest() as stop, memory.told_when_full(training):
+        training.prepare()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         count = distributed.size()
         each = f" in each of {count} processes, {settings.batch_size} together" if count > 1 else ""
@@ -188,7 +189,8 @@ def build_model(settings: argparse.Namespace, num_classes: int, in_channels: int
               "num_blocks": settings.num_blocks, "in_channels": in_channels,
               "patch_size": settings.patch_size, "scan": settings.scan,
               "d_state": settings.d_state, "bidirectional": settings.bidirectional,
-              "permute_seed": settings.permute_seed, "drop_path": settings.drop_path}
+              "permute_seed": settings.permute_seed, "drop_path": settings.drop_path,
+              "stem_depth": settings.stem_depth}
     try:
         config = matched_config(settings.model, config)
         model = ARCHITECTURES[settings.model](**config).to(device)

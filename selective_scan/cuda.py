@@ -1,13 +1,14 @@
 """The selective scan on CUDA: Triton kernels, nothing to compile at installation.
 
-A program is one warp and owns one batch item, one block of channels and one segment of time. The states are a
-tile [n, channels] in registers, four states of four channels in a thread; time is sequential. That keeps the
-whole chip busy for the short rows of images, where a scan along time leaves most threads idle.
+A program owns one batch item, one block of channels and one segment of time. The states are a tile
+[n, channels] in registers; time is sequential. That keeps the whole chip busy for the short rows of images,
+where a scan along time leaves most threads idle.
 
-Time goes in groups of GROUP steps. What concerns a channel alone (softplus, gate, their slopes) is computed
-for a whole group at once, one channel a lane, and handed to the recurrence through shared memory: in the
-recurrence's own layout every lane along the states would compute it again. The warp's own shared memory
-needs no barrier but the warp's.
+What a step waits for is memory and, in the backward, the other lanes. So the inputs of the next group of
+steps are asked for while one group is worked on. In the forward a lane has a channel with its states, and
+needs no other lane. In the backward a thread has four states of four channels: half of each sum, over
+channels and over states, is then its own, and lanes hand on the other half through shared memory, once for a
+group of steps. What concerns a channel alone (softplus, gate, their slopes) is computed one channel a lane.
 
 The forward keeps the state before every CHUNK steps; the backward recomputes the others from it. Sums over
 the batch and over channel blocks are made of partial sums in a fixed order, never by atomics: two runs give
@@ -35,7 +36,7 @@ if INTERPRETED:  # Triton's interpreter runs the same source on a CPU; layouts m
     import triton.language as gl
     from triton import jit
 
-    from selective_scan.interpreted import along, arange, convert, shared
+    from selective_scan.interpreted import along, arange, shared, shared_parts
 else:
     from triton import constexpr_function
     from triton.experimental.gluon import jit
@@ -50,16 +51,21 @@ else:
         """The layout of a tile's rows (axis 1 summed away) or columns (axis 0)."""
         return gl.SliceLayout(axis, layout)
 
-    convert = gl.convert_layout
-
     @jit
     def shared(rows: constexpr, columns: constexpr):
         """Shared memory of float32, row after row."""
         return gl.allocate_shared_memory(gl.float32, [rows, columns],
                                          gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
+    @jit
+    def shared_parts(group: constexpr, rows: constexpr, columns: constexpr):
+        """The same for each step of a group."""
+        return gl.allocate_shared_memory(gl.float32, [group, rows, columns],
+                                         gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+
 CHUNK = 8   # steps between state checkpoints, where the caller asks for no other number
-GROUP = 4   # steps whose inputs are loaded, and whose states the backward keeps, at a time; divides CHUNK
+AHEAD = 8   # steps that the forward works on at a time: memory has so long to answer
+GROUP = 4   # steps that the backward works on at a time, and whose states it keeps; `stack` knows the number
 LOG2_E = constexpr(1.4426950408889634)
 LN_2 = constexpr(0.6931471805599453)
 
@@ -67,38 +73,51 @@ LN_2 = constexpr(0.6931471805599453)
 class Plan(NamedTuple):
     """How a shape is cut into programs, and a program's tile [n, channels] into threads."""
 
-    lanes_n: int    # lanes of a warp along the states; the others lie along the channels, four for each
-    registers: int  # of one thread, at most: fewer let more warps hide each other's waiting
+    warps: int      # of one program, side by side along the channels
+    lanes_n: int    # lanes of a warp along the states; the others lie along the channels
+    channels: int   # of one thread
+    registers: int  # of one thread, at most
     segment: int    # steps of one segment of time, a multiple of a chunk
+
+    @property
+    def lanes_e(self) -> int:
+        """Lanes of a program along the channels."""
+        return self.warps * 32 // self.lanes_n
 
     @property
     def block(self) -> int:
         """Channels of one program."""
-        return 4 * 32 // self.lanes_n
+        return self.channels * self.lanes_e
 
-    def arguments(self, n: int) -> dict:
+    def arguments(self, n: int, backward: bool = False) -> dict:
         """What a kernel takes of it, for n states."""
         N = max(self.lanes_n, triton.next_power_of_2(n))
-        states = steps = parts = projected = None
+        states = own = sums = None
         if not INTERPRETED:
-            states = gl.BlockedLayout([N // self.lanes_n, 4],
-                                      [self.lanes_n, 32 // self.lanes_n], [1, 1], [1, 0])
-            steps = gl.BlockedLayout([GROUP, 1], [1, 32], [1, 1], [1, 0])
-            parts = gl.BlockedLayout([GROUP * self.lanes_n, 1], [1, 32], [1, 1], [1, 0])
-            projected = gl.BlockedLayout([1, 4], [8, 4], [1, 1], [1, 0])
-        return {"N": N, "BLOCK": self.block, "LANES": self.lanes_n, "STATES": states, "STEPS": steps,
-                "PARTS": parts, "PROJECTED": projected, "num_warps": 1, "maxnreg": self.registers}
+            lanes, warps = [self.lanes_n, 32 // self.lanes_n], [1, self.warps]
+            states = gl.BlockedLayout([N // self.lanes_n, self.channels], lanes, warps, [1, 0])
+            own = gl.BlockedLayout([self.lanes_n, 1], [1, 32], warps, [1, 0])
+            sums = gl.BlockedLayout([1, 1, 1], [1, 2, 16], [self.warps, 1, 1], [2, 1, 0])
+        arguments = {"N": N, "BLOCK": self.block, "STATES": states, "SUMS": sums, "num_warps": self.warps,
+                     "maxnreg": self.registers}
+        if backward:
+            arguments |= {"LANES_N": self.lanes_n, "LANES_E": self.lanes_e, "OWN": own}
+        return arguments
 
 
 def _plan(batch: int, length: int, channels: int, n: int, chunk: int, backward: bool) -> Plan:
     """The one place where a shape chooses its kernel configuration."""
-    # Four states of four channels a thread: half of each sum, over channels and over states, is then done
-    # before the first shuffle, and shared memory is read in the widest words.
-    lanes_n = max(4, triton.next_power_of_2(n) // 4)
-    plan = Plan(lanes_n, registers=168 if backward else 128, segment=0)
-    programs = batch * triton.cdiv(channels, plan.block)
-    # A step waits for memory and for the step before it: some 2,000 programs hide that on 132 processors.
-    segments = max(1, min(2048 // programs, length // 64))
+    N = triton.next_power_of_2(n)
+    warps = min(2, triton.next_power_of_2(triton.cdiv(channels, 32)))
+    if backward:
+        plan = Plan(warps, lanes_n=max(4, N // 4), channels=4, registers=255, segment=0)
+    else:
+        plan = Plan(warps, lanes_n=max(1, N // 16), channels=1, registers=168, segment=0)
+    # Each of the 528 schedulers of 132 processors wants a warp, and hides what a step waits for with a second
+    # one. What is missing is made up for by segments of time, at the price of a pass more over the inputs.
+    few, enough = (800, 1056) if backward else (400, 1584)
+    given = warps * batch * triton.cdiv(channels, plan.block)
+    segments = max(1, min(enough // given, length // 64)) if given < few else 1
     return plan._replace(segment=triton.cdiv(triton.cdiv(length, segments), chunk) * chunk)
 
 
@@ -144,18 +163,37 @@ def load_weights(A, D, bias, e, n, e_steps, channels, N_STATE, HAS_D: constexpr,
     bias_e = (e_steps * 0).to(gl.float32)
     if HAS_BIAS:
         bias_e = gl.load(bias + e_steps, mask=e_steps < channels, other=0.0).to(gl.float32)
-    return A2, D_e[None, :], bias_e[None, :]
+    return A2, D_e, bias_e
 
 
 @jit
-def load_group(pointer, offsets, inside):
-    return gl.load(pointer + offsets, mask=inside, other=0.0).to(gl.float32)
+def states_at(pointer, e, n, channels: constexpr):
+    """Where the states [n, channels] lie that begin at `pointer`."""
+    return (pointer + e)[None, :] + n[:, None] * channels
 
 
 @jit
-def step_of(rows, k: constexpr, STATES: constexpr):
-    """Step k of [GROUP, channels] in shared memory, [1, channels]."""
-    return rows.slice(k, 1).load(STATES)
+def load_steps(pointer, stride: constexpr, e, inside, left, GROUP: constexpr):
+    """GROUP steps as they lie in memory, each [channels]; 0 after the last, of which `left` are to come."""
+    steps = ()
+    for k in gl.static_range(GROUP):
+        steps += (gl.load(pointer + k * stride + e, mask=inside & (k < left), other=0.0),)
+    return steps
+
+
+@jit
+def load_group(x, x_l: constexpr, y, y_l: constexpr, projected, projected_l: constexpr, t, left, where,
+               N_STATE: constexpr, GROUP: constexpr, SIGN: constexpr = 1):
+    """GROUP steps from t on, or back from t with SIGN −1: of two sequences of channels, and of B or C.
+
+    `where` are the channels, which of them there are, and how [GROUP, n] of B or C is spread over the lanes.
+    """
+    e, inside, k, n = where
+    of_projected = projected + t * projected_l + k[:, None] * (SIGN * projected_l) + n[None, :]
+    projected_inside = (k < left)[:, None] & (n < N_STATE)[None, :]
+    return (load_steps(x + t * x_l, SIGN * x_l, e, inside, left, GROUP),
+            load_steps(y + t * y_l, SIGN * y_l, e, inside, left, GROUP),
+            gl.load(of_projected, mask=projected_inside, other=0.0))
 
 
 @jit
@@ -165,26 +203,41 @@ def column_of(rows, k: constexpr):
 
 
 @jit
-def sum_states(x, LANES: constexpr):
-    """What each of LANES lanes has to add to Σ_n x, [LANES, channels], of x [n, channels].
+def sum_states(x, LANES_N: constexpr):
+    """What each of LANES_N lanes has to add to Σ_n x, [LANES_N, channels], of x [n, channels].
 
-    The lanes' parts are added up one group later, where one lane holds a channel: sooner, it takes shuffles.
+    The lanes' parts are added up where one lane holds a channel, a group later: sooner, it takes shuffles.
     """
-    return gl.sum(gl.reshape(x, [LANES, x.shape[0] // LANES, x.shape[1]]), axis=1)
+    return gl.sum(gl.reshape(x, [LANES_N, x.shape[0] // LANES_N, x.shape[1]]), axis=1)
 
 
 @jit
-def sum_lanes(parts, LANES: constexpr, PARTS: constexpr, STEPS: constexpr):
-    """[GROUP, channels] from the parts of `sum_states` in shared memory, [GROUP · LANES, channels]."""
-    x = parts.load(PARTS)
-    return convert(gl.sum(gl.reshape(x, [x.shape[0] // LANES, LANES, x.shape[1]]), axis=1), STEPS)
+def sum_channels(x, LANES_E: constexpr):
+    """What each of LANES_E lanes has to add to Σ_e x, [LANES_E, n], of x [n, channels]."""
+    parts = gl.sum(gl.reshape(x, [x.shape[0], LANES_E, x.shape[1] // LANES_E]), axis=2)
+    return gl.permute(parts, (1, 0))
 
 
 @jit
-def advance(h, dts, xs, Bs, k: constexpr, A2, STATES: constexpr):
-    """h_t = exp(Δ_t A) h_{t−1} + x_t B_t for step k of the group, with x = Δ u."""
-    decay = gl.exp2(step_of(dts, k, STATES) * A2)
-    return decay * h + step_of(xs, k, STATES) * column_of(Bs, k).load(STATES)
+def stack(parts):
+    """What `sum_channels` made of each of four steps, [LANES_E, n], as [4, LANES_E, n]."""
+    both = gl.join(gl.join(parts[0], parts[2]), gl.join(parts[1], parts[3]))   # [LANES_E, n, 2, 2]
+    return gl.reshape(gl.permute(both, (2, 3, 0, 1)), [4, both.shape[0], both.shape[1]])
+
+
+@jit
+def shared_steps(rows: constexpr, columns: constexpr, GROUP: constexpr):
+    """Shared memory for each step of a group: apart, so that no step waits for what another writes."""
+    buffers = ()
+    for _ in gl.static_range(GROUP):
+        buffers += (shared(rows, columns),)
+    return buffers
+
+
+@jit
+def advance(h, dt, x, Bs, k: constexpr, A2, STATES: constexpr):
+    """h_t = exp(Δ_t A) h_{t−1} + x_t B_t for step k of the group, with x = Δ u; both [1, channels]."""
+    return gl.exp2(dt * A2) * h + x * column_of(Bs, k).load(STATES)
 
 
 # ---- Forward -----------------------------------------------------------------------------------------------
@@ -197,82 +250,70 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
                    length, channels: constexpr, N_STATE: constexpr, segment, segments,
                    HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
                    SOFTPLUS: constexpr, SAVE: constexpr, SEGMENTED: constexpr, N: constexpr, BLOCK: constexpr,
-                   LANES: constexpr, STATES: constexpr, STEPS: constexpr, PARTS: constexpr,
-                   PROJECTED: constexpr, CHUNK: constexpr, GROUP: constexpr):
-    ALONG_N: constexpr = along(STATES, 1)
-    ALONG_E: constexpr = along(STATES, 0)
-    e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
-    n = arange(N, ALONG_N)
-    e_steps = gl.program_id(0) * BLOCK + arange(BLOCK, along(STEPS, 0))
-    k_steps = arange(GROUP, along(STEPS, 1))
-    n_projected = arange(N, along(PROJECTED, 0))
-    k_projected = arange(GROUP, along(PROJECTED, 1))
-    e_inside, n_inside = (e_steps < channels)[None, :], (n_projected < N_STATE)[None, :]
+                   STATES: constexpr, SUMS: constexpr, CHUNK: constexpr, GROUP: constexpr):
+    e = gl.program_id(0) * BLOCK + arange(BLOCK, along(STATES, 0))
+    n = arange(N, along(STATES, 1))
+    k_projected, n_projected = arange(GROUP, along(along(SUMS, 1), 1)), arange(N, along(along(SUMS, 1), 0))
+    inside = e < channels
+    states_inside = (n < N_STATE)[:, None] & inside[None, :]
     b = (gl.program_id(1) // segments).to(gl.int64)
     part = gl.program_id(1) % segments
-    A2, D_e, bias_e = load_weights(A, D, bias, e, n, e_steps, channels, N_STATE, HAS_D, HAS_BIAS)
-    states = n[:, None] * channels + e[None, :]
-    states_inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
+    A2, D_e, bias_e = load_weights(A, D, bias, e, n, e, channels, N_STATE, HAS_D, HAS_BIAS)
 
     start = part * segment
     stop = gl.minimum(start + segment, length)
-    t = b * 0 + start
-    u_t, delta_t, z_t = u + b * u_b + t * u_l, delta + b * delta_b + t * delta_l, z + b * z_b + t * z_l
-    B_t, C_t = B + b * B_b + t * B_l, C + b * C_b + t * C_l
-    out_t = out + (b * length + t) * channels
-    of_u = k_steps[:, None] * u_l + e_steps[None, :]
-    of_delta = k_steps[:, None] * delta_l + e_steps[None, :]
-    of_z, of_out = k_steps[:, None] * z_l + e_steps[None, :], k_steps[:, None] * channels + e_steps[None, :]
-    of_B = k_projected[:, None] * B_l + n_projected[None, :]
-    of_C = k_projected[:, None] * C_l + n_projected[None, :]
-    dts, xs, ys = shared(GROUP, BLOCK), shared(GROUP, BLOCK), shared(GROUP * LANES, BLOCK)
+    u_0, delta_0, z_0 = u + b * u_b, delta + b * delta_b, z + b * z_b
+    B_0, C_0, out_0 = B + b * B_b, C + b * C_b, out + b * length * channels
     Bs, Cs = shared(GROUP, N), shared(GROUP, N)
 
     h = gl.zeros_like(A2)
     if SEGMENTED:
-        h = gl.load(entering + (b * segments + part) * N_STATE * channels + states, mask=states_inside,
-                    other=0.0)
-    inside = (k_steps < stop - start)[:, None] & e_inside
-    projected_inside = (k_projected < stop - start)[:, None] & n_inside
-    next_u, next_delta = load_group(u_t, of_u, inside), load_group(delta_t, of_delta, inside)
-    next_B, next_C = load_group(B_t, of_B, projected_inside), load_group(C_t, of_C, projected_inside)
-    next_z = next_u
-    if HAS_Z:
-        next_z = load_group(z_t, of_z, inside)
+        h = gl.load(states_at(entering + (b * segments + part) * N_STATE * channels, e, n, channels),
+                    mask=states_inside, other=0.0)
+    where = e, inside, k_projected, n_projected
+    t = b * 0 + start
+    next_u, next_delta, next_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t, stop - start, where,
+                                            N_STATE, GROUP)
+    next_z, _, next_C = load_group(z_0, z_l, z_0, z_l, C_0, C_l, t, stop - start, where, N_STATE, GROUP)
     for first in range(start, stop, GROUP):
         if SAVE:
             if (first > 0) & (first % CHUNK == 0):
                 at = (b * ((length - 1) // CHUNK) + first // CHUNK - 1) * N_STATE * channels
-                gl.store(checkpoints + at + states, h.to(checkpoints.dtype.element_ty), mask=states_inside)
-        u_, z_, now = next_u, next_z, inside
-        dt = step_size(next_delta + bias_e, inside, SOFTPLUS)
-        dts.store(dt)
-        xs.store(dt * u_)
-        Bs.store(next_B)
-        Cs.store(next_C)
+                gl.store(states_at(checkpoints + at, e, n, channels), h.to(checkpoints.dtype.element_ty),
+                         mask=states_inside)
+        Bs.store(next_B.to(gl.float32))
+        Cs.store(next_C.to(gl.float32))
+        now_u, now_delta, now_z, left = next_u, next_delta, next_z, stop - first
         # The next group is on its way while this one is worked on.
-        u_t, delta_t, z_t = u_t + GROUP * u_l, delta_t + GROUP * delta_l, z_t + GROUP * z_l
-        B_t, C_t = B_t + GROUP * B_l, C_t + GROUP * C_l
-        inside = (k_steps < stop - first - GROUP)[:, None] & e_inside
-        projected_inside = (k_projected < stop - first - GROUP)[:, None] & n_inside
-        next_u, next_delta = load_group(u_t, of_u, inside), load_group(delta_t, of_delta, inside)
-        next_B, next_C = load_group(B_t, of_B, projected_inside), load_group(C_t, of_C, projected_inside)
-        next_z = next_u
-        if HAS_Z:
-            next_z = load_group(z_t, of_z, inside)
+        t = b * 0 + first
+        next_u, next_delta, next_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t + GROUP, left - GROUP,
+                                                where, N_STATE, GROUP)
+        next_z, _, next_C = load_group(z_0, z_l, z_0, z_l, C_0, C_l, t + GROUP, left - GROUP, where, N_STATE,
+                                       GROUP)
         for k in gl.static_range(GROUP):
-            h = advance(h, dts, xs, Bs, k, A2, STATES)
-            ys.slice(k * LANES, LANES).store(sum_states(h * column_of(Cs, k).load(STATES), LANES))
-        y = sum_lanes(ys, LANES, PARTS, STEPS) + D_e * u_
-        if HAS_Z:
-            y = y * z_ * sigmoid(z_)
-        gl.store(out_t + of_out, y.to(out.dtype.element_ty), mask=now)
-        out_t += GROUP * channels
+            there = inside & (k < left)
+            u_ = now_u[k].to(gl.float32)
+            dt = step_size(now_delta[k].to(gl.float32) + bias_e, there, SOFTPLUS)
+            h = advance(h, dt[None, :], (dt * u_)[None, :], Bs, k, A2, STATES)
+            y = gl.sum(h * column_of(Cs, k).load(STATES), axis=0) + D_e * u_
+            if HAS_Z:
+                z_ = now_z[k].to(gl.float32)
+                y = y * z_ * sigmoid(z_)
+            gl.store(out_0 + (t + k) * channels + e, y.to(out.dtype.element_ty), mask=there)
     if stop == length:
-        gl.store(last_state + b * N_STATE * channels + states, h, mask=states_inside)
+        gl.store(states_at(last_state + b * N_STATE * channels, e, n, channels), h, mask=states_inside)
 
 
 # ---- Backward ----------------------------------------------------------------------------------------------
+
+
+@jit
+def load_checkpoint(checkpoints, b, first, length, e, n, inside, channels: constexpr, N_STATE: constexpr,
+                    CHUNK: constexpr):
+    """The state before the chunk that step `first` is in, as it lies in memory."""
+    before = first // CHUNK - 1
+    at = (b * ((length - 1) // CHUNK) + gl.maximum(before, 0)) * N_STATE * channels
+    return gl.load(states_at(checkpoints + at, e, n, channels), mask=inside & (before >= 0), other=0.0)
 
 
 @jit
@@ -284,130 +325,161 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
                     batch,
                     HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
                     SOFTPLUS: constexpr, HAS_LEAVING: constexpr, HAS_OUT: constexpr, N: constexpr,
-                    BLOCK: constexpr, LANES: constexpr, STATES: constexpr, STEPS: constexpr,
-                    PARTS: constexpr, PROJECTED: constexpr, CHUNK: constexpr, GROUP: constexpr):
+                    BLOCK: constexpr, LANES_N: constexpr, LANES_E: constexpr, STATES: constexpr,
+                    OWN: constexpr, SUMS: constexpr, CHUNK: constexpr, GROUP: constexpr):
     """With g_t = ∂loss/∂h_t = C_t ∂y_t + exp(Δ_{t+1} A) g_{t+1}:
     ∂B_t = Σ_e g_t Δ_t u_t,  ∂C_t = Σ_e h_t ∂y_t,  ∂(Δ_t u_t) = Σ_n g_t B_t,
     ∂(Δ_t A) = g_t exp(Δ_t A) h_{t−1}.
 
     `leaving` holds exp(Δ_{t+1} A) g_{t+1} at the last step t of each segment.
     """
-    ALONG_N: constexpr = along(STATES, 1)
-    ALONG_E: constexpr = along(STATES, 0)
-    e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
-    n = arange(N, ALONG_N)
-    e_steps = gl.program_id(0) * BLOCK + arange(BLOCK, along(STEPS, 0))
-    k_steps = arange(GROUP, along(STEPS, 1))
-    n_projected = arange(N, along(PROJECTED, 0))
-    k_projected = arange(GROUP, along(PROJECTED, 1))
-    e_inside, n_inside = (e_steps < channels)[None, :], (n_projected < N_STATE)[None, :]
+    e = gl.program_id(0) * BLOCK + arange(BLOCK, along(STATES, 0))
+    n = arange(N, along(STATES, 1))
+    own_e = gl.program_id(0) * BLOCK + arange(BLOCK, along(OWN, 0))
+    k_projected, n_projected = arange(GROUP, along(along(SUMS, 1), 1)), arange(N, along(along(SUMS, 1), 0))
+    own_inside = own_e < channels
+    states_inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
     b = (gl.program_id(1) // segments).to(gl.int64)
     part = gl.program_id(1) % segments
-    A2, D_e, bias_e = load_weights(A, D, bias, e, n, e_steps, channels, N_STATE, HAS_D, HAS_BIAS)
-    states = n[:, None] * channels + e[None, :]
-    states_inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
+    A2, D_e, bias_e = load_weights(A, D, bias, e, n, own_e, channels, N_STATE, HAS_D, HAS_BIAS)
 
     start = part * segment
     stop = gl.minimum(start + segment, length)
     groups = gl.cdiv(stop - start, GROUP)
     u_0, delta_0, z_0, dout_0 = u + b * u_b, delta + b * delta_b, z + b * z_b, dout + b * dout_b
     B_0, C_0 = B + b * B_b, C + b * C_b
-    of_u = k_steps[:, None] * u_l + e_steps[None, :]
-    of_delta = k_steps[:, None] * delta_l + e_steps[None, :]
-    of_z, of_dout = k_steps[:, None] * z_l + e_steps[None, :], k_steps[:, None] * dout_l + e_steps[None, :]
-    of_dz = k_steps[:, None] * dz_l + e_steps[None, :]
-    of_out = k_steps[:, None] * channels + e_steps[None, :]
-    of_B = k_projected[:, None] * B_l + n_projected[None, :]
-    of_C = k_projected[:, None] * C_l + n_projected[None, :]
     of_sums = k_projected[:, None] * N_STATE + n_projected[None, :]
-    dts, xs, dys = shared(GROUP, BLOCK), shared(GROUP, BLOCK), shared(GROUP, BLOCK)
-    d_xs, d_exponents = shared(GROUP * LANES, BLOCK), shared(GROUP * LANES, BLOCK)
-    ys = d_xs  # read before the others are written
-    Bs, Cs, dCs, dBs = shared(GROUP, N), shared(GROUP, N), shared(GROUP, N), shared(GROUP, N)
-    carried_hs = shared(GROUP * N, BLOCK)
+    # Each of a channel alone, one channel a lane; parts of sums over the states; and parts of those over the
+    # channels. What is read before something else is written shares its place.
+    dts, xs = shared_steps(1, BLOCK, GROUP), shared_steps(1, BLOCK, GROUP)
+    dys = shared_steps(1, BLOCK, GROUP)
+    d_xs, d_exponents = shared_steps(LANES_N, BLOCK, GROUP), shared_steps(LANES_N, BLOCK, GROUP)
+    dCs = shared_parts(GROUP, LANES_E, N)
+    ys, dBs = d_xs, dCs
+    Bs, Cs = shared(GROUP, N), shared(GROUP, N)
+    carrieds, decays = shared_steps(N, BLOCK, GROUP), shared_steps(N, BLOCK, GROUP)
 
     g = gl.zeros_like(A2)
     if HAS_LEAVING:
-        g = gl.load(leaving + (b * segments + part) * N_STATE * channels + states, mask=states_inside,
-                    other=0.0)
+        g = gl.load(states_at(leaving + (b * segments + part) * N_STATE * channels, e, n, channels),
+                    mask=states_inside, other=0.0)
     dA_sum = gl.zeros_like(A2)
     dD_sum = gl.zeros_like(D_e)
     dbias_sum = gl.zeros_like(D_e)
+    where = own_e, own_inside, k_projected, n_projected
+    first = start + (groups - 1) * GROUP
+    t, left = b * 0 + first, stop - first
+    next_h = load_checkpoint(checkpoints, b, first, length, e, n, states_inside, channels, N_STATE, CHUNK)
+    next_u, next_delta, next_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t, left, where, N_STATE,
+                                            GROUP)
+    next_dout, next_z, next_C = load_group(dout_0, dout_l, z_0, z_l, C_0, C_l, t, left, where, N_STATE, GROUP)
+    past_u, past_delta, past_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t // CHUNK * CHUNK, GROUP,
+                                            where, N_STATE, GROUP)
     for i in range(groups):
         first = start + (groups - 1 - i) * GROUP
-        begin = first // CHUNK * CHUNK
-        h = gl.zeros_like(A2)
-        if begin > 0:
-            at = (b * ((length - 1) // CHUNK) + begin // CHUNK - 1) * N_STATE * channels
-            h = gl.load(checkpoints + at + states, mask=states_inside, other=0.0).to(gl.float32)
-        for before in range(begin, first, GROUP):
-            t = b * 0 + before
-            dt = step_size(load_group(delta_0 + t * delta_l, of_delta, e_inside) + bias_e, e_inside, SOFTPLUS)
-            dts.store(dt)
-            xs.store(dt * load_group(u_0 + t * u_l, of_u, e_inside))
-            Bs.store(load_group(B_0 + t * B_l, of_B, n_inside))
+        h, left = next_h.to(gl.float32), stop - first
+        now_u, now_delta, now_B = next_u, next_delta, next_B
+        now_dout, now_z, now_C = next_dout, next_z, next_C
+        # The group before is on its way while this one is worked on, and its checkpoint, and what leads from
+        # there to it.
+        before = gl.maximum(first - GROUP, start)
+        t = b * 0 + before
+        next_h = load_checkpoint(checkpoints, b, before, length, e, n, states_inside, channels, N_STATE,
+                                 CHUNK)
+        next_u, next_delta, next_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t, GROUP, where,
+                                                N_STATE, GROUP)
+        next_dout, next_z, next_C = load_group(dout_0, dout_l, z_0, z_l, C_0, C_l, t, GROUP, where, N_STATE,
+                                               GROUP)
+        for past in range(first // CHUNK * CHUNK, first, GROUP):
             for k in gl.static_range(GROUP):
-                h = advance(h, dts, xs, Bs, k, A2, STATES)
+                dt = step_size(past_delta[k].to(gl.float32) + bias_e, own_inside, SOFTPLUS)
+                dts[k].store(dt[None, :])
+                xs[k].store((dt * past_u[k].to(gl.float32))[None, :])
+            Bs.store(past_B.to(gl.float32))
+            following = b * 0 + gl.minimum(past + GROUP, first)
+            past_u, past_delta, past_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, following, GROUP,
+                                                    where, N_STATE, GROUP)
+            for k in gl.static_range(GROUP):
+                h = advance(h, dts[k].load(STATES), xs[k].load(STATES), Bs, k, A2, STATES)
+        past_u, past_delta, past_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t // CHUNK * CHUNK,
+                                                GROUP, where, N_STATE, GROUP)
 
-        t = b * 0 + first
-        inside = (k_steps < stop - first)[:, None] & e_inside
-        projected_inside = (k_projected < stop - first)[:, None] & n_inside
-        raw = load_group(delta_0 + t * delta_l, of_delta, inside) + bias_e
-        u_ = load_group(u_0 + t * u_l, of_u, inside)
-        dy = load_group(dout_0 + t * dout_l, of_dout, inside)
-        Bs.store(load_group(B_0 + t * B_l, of_B, projected_inside))
-        Cs.store(load_group(C_0 + t * C_l, of_C, projected_inside))
-        slope = dy
-        if HAS_Z:
-            z_ = load_group(z_0 + t * z_l, of_z, inside)
-            gate = sigmoid(z_)
-            slope = dy * gate * (1.0 + z_ * (1.0 - gate))  # ∂loss/∂z = slope · y
-            silu = z_ * gate
-            dy = dy * silu
-        dt = step_size(raw, inside, SOFTPLUS)
-        dts.store(dt)
-        xs.store(dt * u_)
-        dys.store(dy)
+        # What concerns a channel alone.
+        Bs.store(now_B.to(gl.float32))
+        Cs.store(now_C.to(gl.float32))
+        u_, raw, dt, dy, slope, silu = (), (), (), (), (), ()
         for k in gl.static_range(GROUP):
-            carried = gl.exp2(step_of(dts, k, STATES) * A2) * h
-            carried_hs.slice(k * N, N).store(carried)
-            h = carried + step_of(xs, k, STATES) * column_of(Bs, k).load(STATES)
+            u_ += (now_u[k].to(gl.float32),)
+            raw += (now_delta[k].to(gl.float32) + bias_e,)
+            dt += (step_size(raw[k], own_inside & (k < left), SOFTPLUS),)
+            dout_k = now_dout[k].to(gl.float32)
             if HAS_Z:
-                ys.slice(k * LANES, LANES).store(sum_states(h * column_of(Cs, k).load(STATES), LANES))
-            column_of(dCs, k).store(gl.sum(h * step_of(dys, k, STATES), axis=1, keep_dims=True))
+                z_ = now_z[k].to(gl.float32)
+                gate = sigmoid(z_)
+                slope += (dout_k * gate * (1.0 + z_ * (1.0 - gate)),)  # ∂loss/∂z = slope · y
+                silu += (z_ * gate,)
+                dy += (dout_k * silu[k],)
+            else:
+                dy += (dout_k,)
+            dts[k].store(dt[k][None, :])
+            xs[k].store((dt[k] * u_[k])[None, :])
+            dys[k].store(dy[k][None, :])
+
+        # The states, forwards.
+        dC_parts = ()
+        for k in gl.static_range(GROUP):
+            decay = gl.exp2(dts[k].load(STATES) * A2)
+            carried = decay * h
+            decays[k].store(decay)
+            carrieds[k].store(carried)
+            h = carried + xs[k].load(STATES) * column_of(Bs, k).load(STATES)
+            if HAS_Z:
+                ys[k].store(sum_states(h * column_of(Cs, k).load(STATES), LANES_N))
+            dC_parts += (sum_channels(h * dys[k].load(STATES), LANES_E),)
+        dCs.store(stack(dC_parts))
         t = b * length + first
         if HAS_Z:
-            y = sum_lanes(ys, LANES, PARTS, STEPS) + D_e * u_
-            gl.store(dz + b * dz_b + (b * 0 + first) * dz_l + of_dz, (slope * y).to(dz.dtype.element_ty),
-                     mask=inside)
-            if HAS_OUT:
-                gl.store(out + t * channels + of_out, (y * silu).to(out.dtype.element_ty), mask=inside)
-        for k in gl.static_range(GROUP - 1, -1, -1):
-            dt_k = step_of(dts, k, STATES)
-            g += column_of(Cs, k).load(STATES) * step_of(dys, k, STATES)
-            column_of(dBs, k).store(gl.sum(g * step_of(xs, k, STATES), axis=1, keep_dims=True))
-            d_xs.slice(k * LANES, LANES).store(sum_states(g * column_of(Bs, k).load(STATES), LANES))
-            d_exponent = g * carried_hs.slice(k * N, N).load(STATES)
-            d_exponents.slice(k * LANES, LANES).store(sum_states(d_exponent * A2, LANES))
-            dA_sum += d_exponent * dt_k
-            g = g * gl.exp2(dt_k * A2)
+            for k in gl.static_range(GROUP):
+                there = own_inside & (k < left)
+                y = gl.sum(ys[k].load(OWN), axis=0) + D_e * u_[k]
+                gl.store(dz + b * dz_b + (b * 0 + first + k) * dz_l + own_e,
+                         (slope[k] * y).to(dz.dtype.element_ty), mask=there)
+                if HAS_OUT:
+                    gl.store(out + (t + k) * channels + own_e, (y * silu[k]).to(out.dtype.element_ty),
+                             mask=there)
+        projected_inside = (k_projected < left)[:, None] & (n_projected < N_STATE)[None, :]
         own = projected_sums + ((gl.program_id(0).to(gl.int64) * 2 * batch + b) * length + first) * N_STATE
-        gl.store(own + of_sums, dBs.load(PROJECTED), mask=projected_inside)
-        own += (b * 0 + batch) * length * N_STATE
-        gl.store(own + of_sums, dCs.load(PROJECTED), mask=projected_inside)
-        d_x, dt, dy = sum_lanes(d_xs, LANES, PARTS, STEPS), dts.load(STEPS), dys.load(STEPS)
-        d_delta = d_x * u_ + sum_lanes(d_exponents, LANES, PARTS, STEPS) * LN_2
-        if SOFTPLUS:
-            d_delta = d_delta * sigmoid(raw)
-        d_delta = gl.where(inside, d_delta, 0.0)
-        gl.store(du + t * channels + of_out, (d_x * dt + dy * D_e).to(du.dtype.element_ty), mask=inside)
-        gl.store(ddelta + t * channels + of_out, d_delta.to(ddelta.dtype.element_ty), mask=inside)
-        dD_sum += gl.sum(dy * u_, axis=0)[None, :]
-        dbias_sum += gl.sum(d_delta, axis=0)[None, :]
+        gl.store(own + (b * 0 + batch) * length * N_STATE + of_sums, gl.sum(dCs.load(SUMS), axis=1),
+                 mask=projected_inside)
+
+        # Their gradients, backwards.
+        dB_parts = ()
+        for k in gl.static_range(GROUP - 1, -1, -1):
+            g += column_of(Cs, k).load(STATES) * dys[k].load(STATES)
+            dB_parts += (sum_channels(g * xs[k].load(STATES), LANES_E),)
+            d_xs[k].store(sum_states(g * column_of(Bs, k).load(STATES), LANES_N))
+            d_exponent = g * carrieds[k].load(STATES)
+            d_exponents[k].store(sum_states(d_exponent * A2, LANES_N))
+            dA_sum += d_exponent * dts[k].load(STATES)
+            g = g * decays[k].load(STATES)
+        dBs.store(stack((dB_parts[3], dB_parts[2], dB_parts[1], dB_parts[0])))
+        gl.store(own + of_sums, gl.sum(dBs.load(SUMS), axis=1), mask=projected_inside)
+        for k in gl.static_range(GROUP):
+            there = own_inside & (k < left)
+            d_x = gl.sum(d_xs[k].load(OWN), axis=0)
+            d_delta = d_x * u_[k] + gl.sum(d_exponents[k].load(OWN), axis=0) * LN_2
+            if SOFTPLUS:
+                d_delta = d_delta * sigmoid(raw[k])
+            d_delta = gl.where(there, d_delta, 0.0)
+            gl.store(du + (t + k) * channels + own_e, (d_x * dt[k] + dy[k] * D_e).to(du.dtype.element_ty),
+                     mask=there)
+            gl.store(ddelta + (t + k) * channels + own_e, d_delta.to(ddelta.dtype.element_ty), mask=there)
+            dD_sum += dy[k] * u_[k]
+            dbias_sum += d_delta
     own = weight_sums + (b * segments + part) * (N_STATE + 2) * channels
-    gl.store(own + states, dA_sum, mask=states_inside)
-    gl.store(own + N_STATE * channels + e_steps[None, :], dD_sum, mask=e_inside)
-    gl.store(own + (N_STATE + 1) * channels + e_steps[None, :], dbias_sum, mask=e_inside)
+    gl.store(states_at(own, e, n, channels), dA_sum, mask=states_inside)
+    gl.store(own + N_STATE * channels + own_e, dD_sum, mask=own_inside)
+    gl.store(own + (N_STATE + 1) * channels + own_e, dbias_sum, mask=own_inside)
 
 
 # ---- What enters a segment ---------------------------------------------------------------------------------
@@ -419,106 +491,84 @@ def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
                    C_l: constexpr, z_b, z_l: constexpr, dout_b, dout_l: constexpr,
                    length, channels: constexpr, N_STATE: constexpr, segment, segments,
                    HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
-                   REVERSE: constexpr, N: constexpr, BLOCK: constexpr, LANES: constexpr, STATES: constexpr,
-                   STEPS: constexpr, PARTS: constexpr, PROJECTED: constexpr, GROUP: constexpr):
+                   REVERSE: constexpr, N: constexpr, BLOCK: constexpr, STATES: constexpr,
+                   SUMS: constexpr, GROUP: constexpr):
     """What one segment adds to the state after it (or, in REVERSE, to the gradient before it), and its ΣΔ."""
-    ALONG_N: constexpr = along(STATES, 1)
-    ALONG_E: constexpr = along(STATES, 0)
-    e = gl.program_id(0) * BLOCK + arange(BLOCK, ALONG_E)
-    n = arange(N, ALONG_N)
-    e_steps = gl.program_id(0) * BLOCK + arange(BLOCK, along(STEPS, 0))
-    k_steps = arange(GROUP, along(STEPS, 1))
-    n_projected = arange(N, along(PROJECTED, 0))
-    k_projected = arange(GROUP, along(PROJECTED, 1))
-    e_inside, n_inside = (e_steps < channels)[None, :], (n_projected < N_STATE)[None, :]
+    e = gl.program_id(0) * BLOCK + arange(BLOCK, along(STATES, 0))
+    n = arange(N, along(STATES, 1))
+    k_projected, n_projected = arange(GROUP, along(along(SUMS, 1), 1)), arange(N, along(along(SUMS, 1), 0))
+    inside = e < channels
     b = (gl.program_id(1) // segments).to(gl.int64)
     part = gl.program_id(1) % segments
-    A2, _, bias_e = load_weights(A, A, bias, e, n, e_steps, channels, N_STATE, False, HAS_BIAS)
+    A2, _, bias_e = load_weights(A, A, bias, e, n, e, channels, N_STATE, False, HAS_BIAS)
 
     start = part * segment
     stop = gl.minimum(start + segment, length)
-    t = b * 0 + start
-    sign: constexpr = -1 if REVERSE else 1
-    if REVERSE:
-        t = b * 0 + stop - 1
     # Forward it is u and B that drive the state; in reverse the gradient of y, and C.
-    drive_t, onto_t = u + b * u_b + t * u_l, B + b * B_b + t * B_l
+    drive_0, onto_0 = u + b * u_b, B + b * B_b
     drive_l: constexpr = dout_l if REVERSE else u_l
     onto_l: constexpr = C_l if REVERSE else B_l
+    sign: constexpr = -1 if REVERSE else 1
+    t = b * 0 + start
     if REVERSE:
-        drive_t, onto_t = dout + b * dout_b + t * dout_l, C + b * C_b + t * C_l
-    delta_t, z_t = delta + b * delta_b + t * delta_l, z + b * z_b + t * z_l
-    of_delta = sign * k_steps[:, None] * delta_l + e_steps[None, :]
-    of_z = sign * k_steps[:, None] * z_l + e_steps[None, :]
-    of_drive = sign * k_steps[:, None] * drive_l + e_steps[None, :]
-    of_onto = sign * k_projected[:, None] * onto_l + n_projected[None, :]
-    dts, xs, ontos = shared(GROUP, BLOCK), shared(GROUP, BLOCK), shared(GROUP, N)
+        drive_0, onto_0, t = dout + b * dout_b, C + b * C_b, b * 0 + stop - 1
+    delta_0, z_0 = delta + b * delta_b, z + b * z_b
+    ontos = shared(GROUP, N)
 
     h = gl.zeros_like(A2)
     delta_sum = gl.zeros_like(bias_e)
-    inside = (k_steps < stop - start)[:, None] & e_inside
-    projected_inside = (k_projected < stop - start)[:, None] & n_inside
-    next_delta, next_drive = load_group(delta_t, of_delta, inside), load_group(drive_t, of_drive, inside)
-    next_onto = load_group(onto_t, of_onto, projected_inside)
-    next_z = next_drive
-    if REVERSE and HAS_Z:
-        next_z = load_group(z_t, of_z, inside)
-    for done in range(0, stop - start, GROUP):
-        dt = step_size(next_delta + bias_e, inside, SOFTPLUS)
-        x = next_drive
-        if not REVERSE:
-            x = dt * x
-        elif HAS_Z:
-            x = x * next_z * sigmoid(next_z)
-        dts.store(dt)
-        xs.store(x)
-        ontos.store(next_onto)
-        delta_sum += gl.sum(dt, axis=0)[None, :]
+    where = e, inside, k_projected, n_projected
+    left = stop - start
+    next_drive, next_delta, next_onto = load_group(drive_0, drive_l, delta_0, delta_l, onto_0, onto_l, t,
+                                                   left, where, N_STATE, GROUP, sign)
+    next_z = load_steps(z_0 + t * z_l, sign * z_l, e, inside, left, GROUP)
+    for _ in range(0, stop - start, GROUP):
+        ontos.store(next_onto.to(gl.float32))
+        now_drive, now_delta, now_z, now_left = next_drive, next_delta, next_z, left
         # The next group is on its way while this one is worked on.
-        delta_t, drive_t = delta_t + sign * GROUP * delta_l, drive_t + sign * GROUP * drive_l
-        onto_t, z_t = onto_t + sign * GROUP * onto_l, z_t + sign * GROUP * z_l
-        inside = (k_steps < stop - start - done - GROUP)[:, None] & e_inside
-        projected_inside = (k_projected < stop - start - done - GROUP)[:, None] & n_inside
-        next_delta, next_drive = load_group(delta_t, of_delta, inside), load_group(drive_t, of_drive, inside)
-        next_onto = load_group(onto_t, of_onto, projected_inside)
-        if REVERSE and HAS_Z:
-            next_z = load_group(z_t, of_z, inside)
+        t, left = t + sign * GROUP, left - GROUP
+        next_drive, next_delta, next_onto = load_group(drive_0, drive_l, delta_0, delta_l, onto_0, onto_l, t,
+                                                       left, where, N_STATE, GROUP, sign)
+        next_z = load_steps(z_0 + t * z_l, sign * z_l, e, inside, left, GROUP)
         for k in gl.static_range(GROUP):
+            dt = step_size(now_delta[k].to(gl.float32) + bias_e, inside & (k < now_left), SOFTPLUS)
+            x = now_drive[k].to(gl.float32)
             if REVERSE:
-                h += step_of(xs, k, STATES) * column_of(ontos, k).load(STATES)
-                h = gl.exp2(step_of(dts, k, STATES) * A2) * h
+                if HAS_Z:
+                    z_ = now_z[k].to(gl.float32)
+                    x = x * z_ * sigmoid(z_)
+                h += x[None, :] * column_of(ontos, k).load(STATES)
+                h = gl.exp2(dt[None, :] * A2) * h
             else:
-                h = advance(h, dts, xs, ontos, k, A2, STATES)
+                h = advance(h, dt[None, :], (dt * x)[None, :], ontos, k, A2, STATES)
+            delta_sum += dt
     own = b * segments + part
-    inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
-    gl.store(carried + own * N_STATE * channels + n[:, None] * channels + e[None, :], h, mask=inside)
-    gl.store(delta_sums + own * channels + e_steps[None, :], delta_sum, mask=e_inside)
+    gl.store(states_at(carried + own * N_STATE * channels, e, n, channels), h,
+             mask=(n < N_STATE)[:, None] & inside[None, :])
+    gl.store(delta_sums + own * channels + e, delta_sum, mask=inside)
 
 
 @jit
 def carry_kernel(A, carried, delta_sums, begin, entering, channels: constexpr, N_STATE: constexpr, segments,
                  HAS_BEGIN: constexpr, REVERSE: constexpr, N: constexpr, BLOCK: constexpr,
-                 LANES: constexpr, STATES: constexpr, STEPS: constexpr, PARTS: constexpr,
-                 PROJECTED: constexpr):
+                 STATES: constexpr, SUMS: constexpr):
     """What enters each segment, from what each adds: h ← exp(A ΣΔ) h + carried, segment after segment."""
     e = gl.program_id(0) * BLOCK + arange(BLOCK, along(STATES, 0))
-    b = gl.program_id(1).to(gl.int64)
     n = arange(N, along(STATES, 1))
-    e_inside = e < channels
-    inside = (n < N_STATE)[:, None] & e_inside[None, :]
-    A2 = gl.load(A + e[None, :] * N_STATE + n[:, None], mask=inside, other=0.0).to(gl.float32) * LOG2_E
-    states = n[:, None] * channels + e[None, :]
+    b = gl.program_id(1).to(gl.int64)
+    inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
+    A2, _, _ = load_weights(A, A, A, e, n, e, channels, N_STATE, False, False)
     h = gl.zeros_like(A2)
     if HAS_BEGIN:
-        h = gl.load(begin + b * N_STATE * channels + states, mask=inside, other=0.0)
+        h = gl.load(states_at(begin + b * N_STATE * channels, e, n, channels), mask=inside, other=0.0)
     for i in range(segments):
         part = i
         if REVERSE:
             part = segments - 1 - i
         own = b * segments + part
-        gl.store(entering + own * N_STATE * channels + states, h, mask=inside)
-        total = gl.load(delta_sums + own * channels + e, mask=e_inside, other=0.0)
-        added = gl.load(carried + own * N_STATE * channels + states, mask=inside, other=0.0)
+        gl.store(states_at(entering + own * N_STATE * channels, e, n, channels), h, mask=inside)
+        total = gl.load(delta_sums + own * channels + e, mask=e < channels, other=0.0)
+        added = gl.load(states_at(carried + own * N_STATE * channels, e, n, channels), mask=inside, other=0.0)
         h = gl.exp2(total[None, :] * A2) * h + added
 
 
@@ -582,13 +632,14 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     segments = triton.cdiv(l, plan.segment)
     entering = u
     if segments > 1:
-        entering = _enter(None, u, delta, A, B, C, z, delta_bias, u, delta_softplus, plan, reverse=False)
+        entering = _enter(None, u, delta, A, B, C, z, delta_bias, u, delta_softplus, plan.segment,
+                          reverse=False)
     forward_kernel[(triton.cdiv(e, plan.block), b * segments)](
         u, delta, A, B, C, A if D is None else D, u if z is None else z,
         A if delta_bias is None else delta_bias, entering, out, last_state, checkpoints,
         *_strides(u, delta, B, C, z), l, e, n, plan.segment, segments,
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-        SAVE=save, SEGMENTED=segments > 1, CHUNK=chunk, GROUP=GROUP, **plan.arguments(n))
+        SAVE=save, SEGMENTED=segments > 1, CHUNK=chunk, GROUP=AHEAD, **plan.arguments(n))
     return out, last_state, checkpoints
 
 
@@ -621,7 +672,8 @@ def backward_into(du: Tensor, ddelta: Tensor, dB: Tensor, dC: Tensor, dz: Tensor
     segments, blocks = triton.cdiv(l, plan.segment), triton.cdiv(e, plan.block)
     leaving = None if dlast_state is None else dlast_state.float().contiguous()
     if segments > 1:
-        leaving = _enter(leaving, u, delta, A, B, C, z, delta_bias, dout, delta_softplus, plan, reverse=True)
+        leaving = _enter(leaving, u, delta, A, B, C, z, delta_bias, dout, delta_softplus, plan.segment,
+                         reverse=True)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, device=u.device)
@@ -635,7 +687,7 @@ def backward_into(du: Tensor, ddelta: Tensor, dB: Tensor, dC: Tensor, dz: Tensor
         *_strides(u, delta, B, C, z, dout, dz), l, e, n, plan.segment, segments, b,
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
         HAS_LEAVING=leaving is not None, HAS_OUT=out is not None, CHUNK=chunk, GROUP=GROUP,
-        **plan.arguments(n))
+        **plan.arguments(n, backward=True))
     dA, dD, dbias = empty(e, n), empty(e), empty(e)
     rows, columns = 32, 32
     sum_weights_kernel[(triton.cdiv((n + 2) * e, columns),)](
@@ -648,19 +700,21 @@ def backward_into(du: Tensor, ddelta: Tensor, dB: Tensor, dC: Tensor, dz: Tensor
     return dA, dD, dbias
 
 
-def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_softplus: bool, plan: Plan,
+def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_softplus: bool, segment: int,
            reverse: bool) -> Tensor:
     """The state that enters each segment from `begin` (or, in reverse, the gradient), (b, segments, n, e)."""
     b, l, e = u.shape
     n = A.shape[1]
-    segments = triton.cdiv(l, plan.segment)
+    segments = triton.cdiv(l, segment)
+    plan = _plan(b, l, e, n, CHUNK, backward=False)
+    plan = plan._replace(segment=segment)
     carried, entering = torch.empty(2, b, segments, n, e, device=u.device)
     delta_sums = torch.empty(b, segments, e, device=u.device)
     segment_kernel[(triton.cdiv(e, plan.block), b * segments)](
         u, delta, A, B, C, u if z is None else z, A if delta_bias is None else delta_bias, dout, carried,
         delta_sums, *_strides(u, delta, B, C, z, dout), l, e, n, plan.segment, segments,
         HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, REVERSE=reverse,
-        GROUP=GROUP, **plan.arguments(n))
+        GROUP=AHEAD, **plan.arguments(n))
     carry_kernel[(triton.cdiv(e, plan.block), b)](
         A, carried, delta_sums, carried if begin is None else begin, entering, e, n, segments,
         HAS_BEGIN=begin is not None, REVERSE=reverse, **plan.arguments(n))

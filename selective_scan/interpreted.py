@@ -18,10 +18,6 @@ def along(layout, axis):
     return None
 
 
-def convert(tensor, layout):
-    return tensor
-
-
 class Shared:
     """Shared memory of float32, or a part of it."""
 
@@ -44,7 +40,9 @@ class Shared:
                          tl.block_type(tl.float32, list(self.values.shape)))
 
 
-def shared(rows, columns) -> Shared:
+def shared(*shape) -> Shared:
     """Shared memory, full of NaN, so that what is read before it is written shows."""
-    shape = [int(getattr(size, "value", size)) for size in (rows, columns)]
-    return Shared(np.full(shape, np.nan, np.float32))
+    return Shared(np.full([int(getattr(size, "value", size)) for size in shape], np.nan, np.float32))
+
+
+shared_parts = shared

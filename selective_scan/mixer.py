@@ -74,21 +74,25 @@ def _checkpoints(dtype: torch.dtype) -> tuple[int, torch.dtype]:
 def _forward(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, scale: Tensor | None,
              in_proj: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, x_proj: Tensor, dt_proj: Tensor,
              dt_bias: Tensor, A_log: Tensor, D: Tensor, out_proj: Tensor, eps: float, direction: str,
-             dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Without norm_weight the mixer alone: no norm, and no residual."""
+             dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Without norm_weight the mixer alone: no norm, and no residual.
+
+    Besides the output what the backward needs: the checkpoints, A, and the matrices in `dtype`.
+    """
     from selective_scan import block_cuda, cuda
 
-    weights = _cast(Weights(in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj),
-                    dtype)
+    given = Weights(in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
+    A, matrices = -torch.exp(A_log.float()), _cast(given, dtype)
+    weights = _with(given, matrices)
     sequence = _enter(x, norm_weight, norm_bias, eps, direction, dtype)
     xz, u, _, delta, B, C = _project(sequence, weights)
     chunk, kept = _checkpoints(dtype)
-    out, _, checkpoints = cuda.forward(u, delta, -torch.exp(A_log.float()), B, C, D, xz.chunk(2, dim=-1)[1],
-                                       dt_bias, True, True, chunk, kept)
+    out, _, checkpoints = cuda.forward(u, delta, A, B, C, D, xz.chunk(2, dim=-1)[1], dt_bias, True, True,
+                                       chunk, kept)
     branch = out @ weights.out_proj.T
     if norm_weight is None:
-        return branch.view(x.shape), checkpoints
-    return block_cuda.add_residual(x, branch, scale, direction), checkpoints
+        return branch.view(x.shape), checkpoints, A, matrices
+    return block_cuda.add_residual(x, branch, scale, direction), checkpoints, A, matrices
 
 
 @_forward.register_fake
@@ -98,15 +102,18 @@ def _(x, norm_weight, norm_bias, scale, in_proj, conv_weight, conv_bias, x_proj,
     e, n = A_log.shape
     chunk, kept = _checkpoints(dtype)
     out = dtype if norm_weight is None else torch.promote_types(x.dtype, dtype)
+    given = Weights(in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
     return (x.new_empty(x.shape, dtype=out),
-            x.new_empty(b, (height * width - 1) // chunk, n, e, dtype=kept))
+            x.new_empty(b, (height * width - 1) // chunk, n, e, dtype=kept),
+            x.new_empty(e, n, dtype=torch.float32), x.new_empty(_cast_size(given, dtype), dtype=dtype))
 
 
 @torch.library.custom_op("vision_mamba2::block_backward", mutates_args=())
 def _backward(dy: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None,
               scale: Tensor | None, in_proj: Tensor, conv_weight: Tensor, conv_bias: Tensor | None,
               x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, out_proj: Tensor,
-              eps: float, direction: str, dtype: torch.dtype, checkpoints: Tensor) -> list[Tensor]:
+              eps: float, direction: str, dtype: torch.dtype, checkpoints: Tensor, A: Tensor,
+              matrices: Tensor) -> list[Tensor]:
     """The gradients of x, of the norm and of the weights that are not None, in their order and dtypes."""
     from selective_scan import block_cuda
 
@@ -114,7 +121,7 @@ def _backward(dy: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tens
     dy = dy.contiguous()
     sequence = _enter(x, norm_weight, norm_bias, eps, direction, dtype)
     dbranch = block_cuda.residual_backward(dy, scale, direction, dtype)
-    dsequence, dweights = _mixer_backward(dbranch, sequence, _cast(given, dtype), checkpoints)
+    dsequence, dweights = _mixer_backward(dbranch, sequence, _with(given, matrices), A, checkpoints)
     if norm_weight is None:
         gradients = [dsequence.view(x.shape)]
     else:
@@ -127,20 +134,20 @@ def _backward(dy: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tens
 
 @_backward.register_fake
 def _(dy, x, norm_weight, norm_bias, scale, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log,
-      D, out_proj, eps, direction, dtype, checkpoints):
+      D, out_proj, eps, direction, dtype, checkpoints, A, matrices):
     inputs = (x, norm_weight, norm_bias, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D,
               out_proj)
     return [tensor.new_empty(tensor.shape) for tensor in inputs if tensor is not None]
 
 
-def _mixer_backward(dy: Tensor, x: Tensor, weights: Weights, checkpoints: Tensor) -> tuple[Tensor, Weights]:
+def _mixer_backward(dy: Tensor, x: Tensor, weights: Weights, A: Tensor,
+                    checkpoints: Tensor) -> tuple[Tensor, Weights]:
     """Gradients of the mixer's input x (b, l, d) and of its weights, from its output's, (b, l, d)."""
     from selective_scan import causal_conv_cuda, cuda
 
-    _, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj = weights
-    r, n = dt_proj.shape[1], A_log.shape[1]
+    _, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, _, D, out_proj = weights
+    r, n = dt_proj.shape[1], A.shape[1]
     xz, u, projected, delta, B, C = _project(x, weights)
-    A = -torch.exp(A_log.float())
     du, dxz, dprojected = torch.empty_like(u), torch.empty_like(xz), torch.empty_like(projected)
     d_dt, dB, dC = dprojected.split([r, n, n], dim=-1)
     dx, dz = dxz.chunk(2, dim=-1)
@@ -184,15 +191,38 @@ def _project(x: Tensor, weights: Weights) -> tuple[Tensor, Tensor, Tensor, Tenso
     return xz, u, projected, dt @ weights.dt_proj.T, B, C
 
 
-def _cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    """The same with the matrices of the products in `dtype`."""
-    names = ("in_proj", "x_proj", "dt_proj", "out_proj")
-    matrices = [getattr(weights, name) for name in names]
-    if all(matrix.dtype == dtype for matrix in matrices):
+PRODUCTS = ("in_proj", "x_proj", "dt_proj", "out_proj")  # the matrices of a mixer
+
+
+def _matrices(weights: Weights) -> list[Tensor]:
+    return [getattr(weights, name) for name in PRODUCTS]
+
+
+def _cast_size(weights: Weights, dtype: torch.dtype) -> int:
+    """Numbers in what `_cast` returns: none where nothing is to be cast."""
+    from selective_scan import weights_cuda
+
+    matrices = _matrices(weights)
+    return 0 if all(matrix.dtype == dtype for matrix in matrices) else weights_cuda.starts(matrices)[-1]
+
+
+def _cast(weights: Weights, dtype: torch.dtype) -> Tensor:
+    """The matrices of the products in `dtype`, in one array for `_with`."""
+    from selective_scan import weights_cuda
+
+    if _cast_size(weights, dtype) == 0:
+        return weights.D.new_empty(0, dtype=dtype)
+    return weights_cuda.cast(_matrices(weights), dtype)
+
+
+def _with(weights: Weights, matrices: Tensor) -> Weights:
+    """The weights with what `_cast` made of them."""
+    from selective_scan import weights_cuda
+
+    if matrices.numel() == 0:
         return weights
-    cast = [torch.empty_like(matrix, dtype=dtype) for matrix in matrices]
-    torch._foreach_copy_(cast, matrices)  # one kernel for all of them
-    return weights._replace(**dict(zip(names, cast, strict=True)))
+    views = weights_cuda.views(matrices, _matrices(weights))
+    return weights._replace(**dict(zip(PRODUCTS, views, strict=True)))
 
 
 def _weight_gradient(dout: Tensor, x: Tensor) -> Tensor:
@@ -210,13 +240,13 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.eps, ctx.direction, ctx.dtype = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy, _):
-    *tensors, checkpoints = ctx.saved_tensors
-    gradients = iter(_backward(dy, *tensors, ctx.eps, ctx.direction, ctx.dtype, checkpoints))
+def _differentiate(ctx, dy, *_):
+    *tensors, checkpoints, A, matrices = ctx.saved_tensors
+    gradients = iter(_backward(dy, *tensors, ctx.eps, ctx.direction, ctx.dtype, checkpoints, A, matrices))
     scale = 3  # it has no gradient: random numbers
     return (*(None if tensor is None or index == scale else next(gradients)
               for index, tensor in enumerate(tensors)), None, None, None)

@@ -11,6 +11,7 @@ from torch import nn
 
 import data
 import train_mamba
+from captured import WARM_UP, CapturedStep
 from errors import UserError
 from mamba_ssm_simple import VisionMamba2
 from training import Training, average, parameter_groups
@@ -44,6 +45,32 @@ def test_the_rate_rises_for_as_long_as_asked_and_falls_to_a_hundredth(training):
     assert rates(training("--lr", 0.5, "--warm-up", 0), 1) == [0.5]
     long = training("--epochs", 1000, "--batch-size", 100)  # 12,000 steps: the warm-up is 500
     assert rates(long, 500)[-1] == 1e-3
+
+
+@pytest.mark.parametrize("steps_before", [0, 3])
+def test_preparing_a_step_leaves_no_trace(training, steps_before, monkeypatch):
+    """On a CPU with the steps that a CUDA device would capture run as they are."""
+    monkeypatch.setattr(CapturedStep, "__call__", lambda step, *batch: calls.append(step.function(*batch)))
+    calls, ends = [], []
+    for prepares in (False, True):
+        torch.manual_seed(1)
+        run = training("--augment", "elastic", "--drop-path", 0.5, "--ema", 0.9, "--lr", 0.1)
+        batch = run.dataset.train.images[:50], run.dataset.train.labels[:50]
+        for step in range(steps_before + 2):
+            if prepares and step == steps_before:
+                run.device_step = CapturedStep(run.update, [run.augmentation])
+                run.prepare()
+                run.device_step = run.update
+            run.train_step(*batch)
+        ends.append(run.state())
+    assert len(calls) == WARM_UP + 2  # of them one on the epoch's smaller last batch
+    for name in ("model", "averaged"):
+        for key, value in ends[0][name].items():
+            assert torch.equal(value, ends[1][name][key]), f"{name}.{key}"
+    assert str(ends[0]["optimizer"]) == str(ends[1]["optimizer"])
+    assert torch.equal(ends[0]["sums"], ends[1]["sums"])
+    assert torch.equal(ends[0]["augmentation"], ends[1]["augmentation"])
+    assert torch.equal(ends[0]["rng"]["torch"], ends[1]["rng"]["torch"])
 
 
 def test_the_average_follows_the_weights_and_the_statistics(seed):
