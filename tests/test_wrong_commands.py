@@ -167,7 +167,18 @@ CASES = [  # (script, arguments, what the line says)
     ("demo", "seven.png", "unrecognized arguments: seven.png"),
     ("check", "--winds", "unrecognized arguments: --winds"),
     ("check", "north", "unrecognized arguments: north"),
-    ("accuracy", "", "required: --name"),
+    ("accuracy", "", "one of --preset and --name is required"),
+    ("accuracy", "--preset huge", "--preset: invalid choice"),
+    ("accuracy", "--preset best --jobs 0", "--jobs must be at least 1"),
+    ("accuracy", "--preset best -- --preset tiny", "--preset behind -- is set by this script itself"),
+    ("accuracy", "--preset best -- --seed 3", "--seed behind -- is set by this script itself"),
+    ("accuracy", "--name a -- --resume", "--resume behind -- is set by this script itself"),
+    ("accuracy", "--name a -- --epochs 0", "--epochs: must be a whole number"),
+    ("accuracy", "--name a -- --winds north", "unrecognized arguments: --winds"),
+    ("accuracy", "--name a north", "unrecognized arguments: north"),
+    ("accuracy", "--name a --validation -- --train-on-all", "leave one out"),
+    ("accuracy", "--name a -- --device cuda" if not torch.cuda.is_available() else "--name a --device x",
+     "--device"),
     ("accuracy", "--name a --seeds 0", "--seeds must be at least 1"),
     ("accuracy", "--name a --seeds many", "--seeds: invalid int value"),
     ("accuracy", "--name ../a", "--name must be letters"),
@@ -252,8 +263,7 @@ def test_in_a_shell_too(script, tmp_path):
     path = ROOT / (SCRIPTS[script].replace(".", os.sep) + ".py")
     done = subprocess.run([sys.executable, path, "--winds"], cwd=tmp_path, capture_output=True,
                           encoding="utf-8", timeout=120)
-    says = "--winds" if script != "accuracy" else "--name"
-    assert_refused(done.returncode, done.stdout, done.stderr, says)
+    assert_refused(done.returncode, done.stdout, done.stderr, "--winds")
     assert list(tmp_path.iterdir()) == []
 
 
