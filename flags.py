@@ -39,9 +39,10 @@ def parse_arguments(given: Sequence[str] | None = None, saved: dict | None = Non
 
 def explicit(given: Sequence[str]) -> dict[str, object]:
     """The settings that these flags name, without preset and defaults. Raises UserError for a wrong flag."""
-    parser = argument_parser()
-    parser.set_defaults(**dict.fromkeys(vars(parser.parse_args([])), argparse.SUPPRESS))
-    return vars(parser.parse_args(given))
+    parser, untouched = argument_parser(), object()
+    namespace = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), untouched))
+    return {name: value for name, value in vars(parser.parse_args(given, namespace)).items()
+            if value is not untouched}
 
 
 def as_flags(settings: dict) -> list[str]:

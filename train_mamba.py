@@ -238,14 +238,19 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
         checkpoint.save(last, {**about, **training.state()}, keep_previous=True)
         training.saved = f"{last} (step {training.step})"
 
-    examples = dataset.train if settings.train_on_all else dataset.val
-    examples = examples.images[explain.one_of_each_class(examples.labels)][:].to(training.device)
+    known = dataset.train if settings.train_on_all else dataset.val
+    chosen = explain.one_of_each_class(known.labels)
+    examples, labels = known.images[chosen][:].to(training.device), known.labels[chosen]
     while training.epoch < settings.epochs:
         finished = training.run_epoch(log, stop, save)
         if finished:
             metrics, test = evaluation(training)
             training.metrics = metrics
-            training.check_finite(metrics["train_loss"] if settings.train_on_all else metrics["val_loss"])
+            loss = metrics["val_loss"]
+            if loss is None:  # without validation images these show whether the last step spoiled the weights
+                loss = negative_log_likelihood(evaluate.predict(model, data.Split(examples, labels), dataset,
+                                                                training.device), labels)
+            training.check_finite(loss)
             log.epoch(training.step, metrics)
             draw = log.draws(last=training.epoch == settings.epochs)
             if test is not None:

@@ -1,85 +1,144 @@
 """Train one recipe with several seeds and write what came out: every seed, mean and standard deviation.
 
+    python benchmarks/accuracy.py --preset best --validation                    to choose a recipe
+    python benchmarks/accuracy.py --preset best                                 to report it, once chosen
     python benchmarks/accuracy.py --name mnist-1-epoch --seeds 3 -- --epochs 1
 
-What stands after -- goes to train_mamba.py. The numbers are those of the last epoch, never of the best, and
-a seed that is already trained is not trained again, and one that was cut short goes on. results/<name>.json
-holds them with the settings.
+What stands after -- goes to train_mamba.py. With --validation the validation images are held out and nothing
+is told of the test set; a preset without it is trained on all training images and tested once a seed. The
+numbers are those of the last epoch, never of the best.
+
+results/accuracy-<preset>.json, validation-<preset>.json or <name>.json holds every seed as soon as it is
+there, with the settings. A seed that is trained already is not trained again, and one that was cut short goes
+on. One whose loss became no number is recorded as such, and counts in nan_runs alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository
 
-import torch
+from tqdm import tqdm
 
 import checkpoint
+import evaluate
 from benchmarks import timing
 from errors import ArgumentParser, UserError, run_script
+from flags import MAY_CHANGE_ON_RESUME, explicit
+from presets import PRESETS
+from trials import Outcome, Trial, check, save_json, train
 
 ROOT = Path(__file__).resolve().parent.parent
+SET_HERE = {"seed", "run_name", "runs_dir", "checkpoints_dir", "resume", "profile"}
 
 
 def main() -> None:
     arguments = parse_arguments()
-    runs = [train(arguments, seed) for seed in range(arguments.seeds)]
-    accuracies = [run["test_accuracy"] for run in runs]
-    seconds = [run["seconds"] for run in runs]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = {"name": arguments.name, "arguments": arguments.train, "machine": timing.machine(device),
-              "epochs": runs[0]["epoch"], "runs": runs,
-              "test_accuracy": {"mean": statistics.mean(accuracies),
-                                "std": statistics.stdev(accuracies) if len(runs) > 1 else None},
-              "seconds_an_epoch": statistics.median(seconds)}
+    folders = [f"--runs-dir={arguments.runs_dir}", f"--checkpoints-dir={arguments.checkpoints_dir}"]
+    trials = [Trial(f"{arguments.name}-seed{seed}", [*arguments.train, f"--seed={seed}", *folders], ROOT)
+              for seed in range(arguments.seeds)]
+    if arguments.validation and trials[0].settings.train_on_all:
+        raise UserError("--validation holds out the images that --train-on-all trains on; leave one out")
+    device = evaluate.pick_device(trials[0].settings.device)
+    check(trials)
     output = ROOT / "results" / f"{arguments.name}.json"
-    output.parent.mkdir(exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    deviation = "" if len(runs) == 1 else f" ± {100 * statistics.stdev(accuracies):.2f}"
-    print(f"{arguments.name}: test accuracy {100 * statistics.mean(accuracies):.2f}{deviation} % "
-          f"({len(runs)} seeds), {statistics.median(seconds):.0f} s an epoch\nwritten to {output}")
+    done: dict[Trial, Outcome] = {}
+    with contextlib.closing(train(trials, len(trials), arguments.jobs)) as outcomes:
+        for trial, outcome in outcomes:
+            if outcome.failed and not outcome.nan:
+                raise UserError(f"{trial.name} did not finish: {outcome.failed}")
+            done[trial] = outcome
+            result = summary(arguments, done) | {"machine": timing.machine(device)}
+            save_json(output, result)
+            tqdm.write(f"{trial.name}: {outcome.failed or accuracy(summary(arguments, {trial: outcome}))}")
+    nan = f", {result['nan_runs']} of them ended in NaN" if result["nan_runs"] else ""
+    print(f"{arguments.name}: {accuracy(result)} (seeds: {len(done)}{nan}), "
+          f"{result['training_seconds']:.0f} s of training\nwritten to {output}")
 
 
 def parse_arguments() -> argparse.Namespace:
+    """`name` is that of the file under results/, `train` all flags of train_mamba.py but the seed's."""
     parser = ArgumentParser(description="Train one recipe with several seeds and report mean and deviation.")
-    parser.add_argument("--name", required=True, help="names the runs and the file under results/")
+    parser.add_argument("--preset", choices=PRESETS, default=argparse.SUPPRESS,
+                        help="the recipe; without --validation it is trained on all training images "
+                             "(default: none)")
+    parser.add_argument("--name", default=argparse.SUPPRESS,
+                        help="names the runs and the file under results/ (default: the preset)")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N − 1")
-    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs", metavar="DIR",
+    parser.add_argument("--validation", action="store_true",
+                        help="hold out the validation images and report the accuracy on them alone")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="train so many seeds side by side, where one does not fill the GPU; their "
+                             "seconds are then no measure of speed")
+    parser.add_argument("--runs-dir", type=absolute, default=Path("runs"), metavar="DIR",
                         help="the runs' folders")
-    parser.add_argument("--checkpoints-dir", type=Path, default=ROOT / "checkpoints", metavar="DIR",
+    parser.add_argument("--checkpoints-dir", type=absolute, default=Path("checkpoints"), metavar="DIR",
                         help="the runs' checkpoints")
-    parser.add_argument("train", nargs="*", metavar="-- FLAGS", help="flags of train_mamba.py")
+    parser.add_argument("train", nargs="*", metavar="-- FLAGS", help="more flags of train_mamba.py")
     arguments = parser.parse_args()
-    if arguments.seeds < 1:
-        parser.error(f"--seeds must be at least 1, but is {arguments.seeds}")
-    if not checkpoint.is_run_name(arguments.name):
-        parser.error(f"--name must be letters, digits, - and _, but is {arguments.name!r}")
+    preset = getattr(arguments, "preset", None)
+    name = getattr(arguments, "name", preset)
+    for count in ("seeds", "jobs"):
+        if getattr(arguments, count) < 1:
+            parser.error(f"--{count} must be at least 1, but is {getattr(arguments, count)}")
+    if name is None:
+        parser.error("one of --preset and --name is required")
+    if not checkpoint.is_run_name(name):
+        parser.error(f"--name must be letters, digits, - and _, but is {name!r}")
+    own = {*SET_HERE, "preset"} if preset else SET_HERE
+    for flag in [flag for flag in explicit(arguments.train) if flag in own]:
+        parser.error(f"--{flag.replace('_', '-')} behind -- is set by this script itself; leave it out there")
+    if preset:
+        arguments.train = ["--preset", preset, *([] if arguments.validation else ["--train-on-all"]),
+                           *arguments.train]
+    arguments.name = f"validation-{name}" if arguments.validation else f"accuracy-{name}" if preset else name
     return arguments
 
 
-def train(arguments: argparse.Namespace, seed: int) -> dict:
-    """The metrics of the last epoch of one seed, trained now if it is not there yet."""
-    name = f"{arguments.name}-seed{seed}"
-    metrics = arguments.runs_dir / name / "metrics.jsonl"
-    last = arguments.checkpoints_dir / f"{name}.last.pt"
-    script = [sys.executable, str(ROOT / "train_mamba.py")]
-    if last.exists():  # a run that was cut short goes on; one that is finished says so, and ends at once
-        command = [*script, "--resume", str(last)]
-    else:
-        command = [*script, *arguments.train, "--seed", str(seed), "--run-name", name, "--runs-dir",
-                   str(arguments.runs_dir), "--checkpoints-dir", str(arguments.checkpoints_dir)]
-    status = subprocess.run(command, cwd=ROOT).returncode
-    if status == 2:
-        sys.exit(2)  # it has said what is wrong
-    if status != 0:
-        raise UserError(f"seed {seed} did not finish; mend what it says and run this command again")
-    return {"seed": seed, **json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])}
+def absolute(text: str) -> Path:
+    """An argument's type: a path that means the same in every folder."""
+    return Path(text).absolute()
+
+
+def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome]) -> dict:
+    """What is known of the seeds that are `done`, but for the machine."""
+    measured, hidden = "test_accuracy", None
+    if arguments.validation:  # who does not see the test accuracy cannot choose by it
+        measured, hidden = "val_accuracy", "test_accuracy"
+    runs = []
+    for trial, outcome in sorted(done.items(), key=lambda item: item[0].settings.seed):
+        metrics = outcome.epochs[-1] if outcome.epochs else {}
+        runs.append({"seed": trial.settings.seed, "nan": outcome.nan,
+                     **{name: value for name, value in metrics.items() if name != hidden},
+                     "training_seconds": outcome.seconds})
+    accuracies = [run[measured] for run in runs if not run["nan"]]
+    contents = checkpoint.load_good(trial.last)
+    return {"name": arguments.name, "arguments": arguments.train,
+            "settings": {name: value for name, value in contents["settings"].items()
+                         if name not in MAY_CHANGE_ON_RESUME | {"seed", "run_name"}},
+            "parameters": sum(weight.numel() for weight in evaluate.rebuild(contents, "cpu").parameters()),
+            "epochs": trial.settings.epochs, "seeds": arguments.seeds, "jobs": arguments.jobs, "runs": runs,
+            "nan_runs": len(runs) - len(accuracies),
+            measured: {"mean": statistics.mean(accuracies) if accuracies else None,
+                       "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None},
+            "seconds_an_epoch": statistics.median([epoch["seconds"] for outcome in done.values()
+                                                   for epoch in outcome.epochs] or [0]),
+            "training_seconds": sum(outcome.seconds for outcome in done.values())}
+
+
+def accuracy(result: dict) -> str:
+    """Mean and deviation of a `summary`, for people."""
+    kind = "test" if "test_accuracy" in result else "validation"
+    found = result.get("test_accuracy") or result["val_accuracy"]
+    if found["mean"] is None:
+        return "no seed came to its end"
+    deviation = "" if found["std"] is None else f" ± {100 * found['std']:.2f}"
+    return f"{kind} accuracy {100 * found['mean']:.2f}{deviation} %"
 
 
 if __name__ == "__main__":

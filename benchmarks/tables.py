@@ -10,19 +10,38 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository
 
+import checkpoint
+import evaluate
 from benchmarks import throughput_imagenet
-from benchmarks.load_test import LOADS
+from benchmarks.load_test import LOADS, SHIPPED
 from errors import ArgumentParser, UserError, run_script
+from flags import MAY_CHANGE_ON_RESUME, as_flags, fill_in, parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "README.vi.md", ROOT / "benchmarks" / "README.md",
          ROOT / "examples" / "README.md")
+PRESETS_IN_WORDS = {  # in the order of the table
+    "best": "MNIST, the highest accuracy", "tiny": "MNIST, at most 0.1 million parameters",
+    "original": "MNIST, the settings that this project began with", "smnist": "MNIST, pixel by pixel",
+    "psmnist": "MNIST, pixel by pixel in a random order", "speedrun": "MNIST, in as few seconds as possible",
+    "gpu": "MNIST, on a GPU", "default": "MNIST, on a laptop's CPU",
+}
 VIETNAMESE = {  # the words of README.vi.md's tables; the longer before those that they contain
+    "None is measured yet.": "Chưa đo preset nào.", "| flags | what it is |": "| cờ | là gì |",
+    "a seed trains for": "một hạt giống huấn luyện", " at once": " cùng lúc",
+    " more ended in NaN": " nữa kết thúc bằng NaN", " seeds, ": " hạt giống, ", " seed, ": " hạt giống, ",
+    " seed)": " hạt giống)", "made by": "tạo bởi", "| model |": "| mô hình |", "parameters": "tham số",
+    "the highest accuracy": "độ chính xác cao nhất", "at most 0.1 million": "nhiều nhất 0.1 triệu",
+    "the settings that this project began with": "các thiết lập lúc dự án bắt đầu",
+    "pixel by pixel": "từng điểm ảnh một", "in a random order": "theo một thứ tự ngẫu nhiên",
+    "in as few seconds as possible": "trong ít giây nhất", "on a GPU": "trên một GPU",
+    "on a laptop's CPU": "trên CPU của máy xách tay",
     "test accuracy": "độ chính xác kiểm tra", "an epoch takes": "một epoch mất", " seeds)": " hạt giống)",
     "Median µs, forward / backward": "Trung vị µs, tiến / lùi", "the aims are for": "mục tiêu là cho",
     "copy bandwidth": "băng thông sao chép", "times faster than mambapy": "nhanh hơn mambapy (lần)",
@@ -81,6 +100,44 @@ def training() -> str:
                      f"{100 * accuracy['std']:.2f} % ({len(found['runs'])} seeds) | "
                      f"{found['seconds_an_epoch']:.0f} s | {machine(found['machine'])} |")
     return "\n".join(lines)
+
+
+def accuracies() -> str:
+    """A row for each preset that was measured."""
+    lines = []
+    for preset, what in PRESETS_IN_WORDS.items():
+        if not (ROOT / "results" / f"accuracy-{preset}.json").exists():
+            continue
+        found = result(f"accuracy-{preset}")
+        mean, std = found["test_accuracy"]["mean"], found["test_accuracy"]["std"]
+        percent = "–" if mean is None else f"{100 * mean:.2f}" + (f" ± {100 * std:.2f} %" if std else " %")
+        ended = [run["training_seconds"] for run in found["runs"] if not run["nan"]]
+        seeds = f"{len(ended)} seed" + ("s" if len(ended) != 1 else "")
+        seeds += f", {found['nan_runs']} more ended in NaN" if found["nan_runs"] else ""
+        seconds = f"{statistics.mean(ended):,.0f} s" if ended else "–"
+        seconds += f", {found['jobs']} at once" if found["jobs"] > 1 else ""
+        lines.append(f"| `{' '.join(found['arguments'])}` | {what} | {found['parameters']:,} | {percent} "
+                     f"({seeds}) | {seconds} | {machine(found['machine'])} |")
+    if not lines:
+        return "None is measured yet."
+    return "\n".join(["| flags | what it is | parameters | test accuracy | a seed trains for | on |",
+                      "|---|---|---|---|---|---|", *lines])
+
+
+def shipped() -> str:
+    """The model in the box and the command that made it, as its own settings say."""
+    contents = checkpoint.load(SHIPPED)
+    saved = contents["settings"]
+    settings = parse_arguments(["--preset", saved["preset"]])
+    fill_in(settings)
+    typed = {name: value for name, value in saved.items()
+             if name not in MAY_CHANGE_ON_RESUME | {"run_name"} and value != getattr(settings, name)}
+    flags = [word.replace("=", " ", 1) for word in as_flags(typed)]
+    command = " ".join(["python train_mamba.py --preset", saved["preset"], *flags])
+    parameters = sum(weight.numel() for weight in evaluate.rebuild(contents, "cpu").parameters())
+    return "\n".join(["| model | made by | parameters | test accuracy |", "|---|---|---|---|",
+                      f"| `{SHIPPED.relative_to(ROOT).as_posix()}` | `{command}` | {parameters:,} | "
+                      f"{100 * contents['metrics']['test_accuracy']:.2f} % |"])
 
 
 def scan_on_cpu() -> str:
@@ -186,10 +243,9 @@ def spoken_digits() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"training": training, "scan-cpu": scan_on_cpu, "scan-cuda": scan_on_cuda,
-          "architectures": architectures, "crash-test": crash_test, "load-test": load_test,
-          "imagenet": imagenet,
-          "spoken-digits": spoken_digits}
+TABLES = {"training": training, "accuracy": accuracies, "shipped": shipped, "scan-cpu": scan_on_cpu,
+          "scan-cuda": scan_on_cuda, "architectures": architectures, "crash-test": crash_test,
+          "load-test": load_test, "imagenet": imagenet, "spoken-digits": spoken_digits}
 
 if __name__ == "__main__":
     run_script(main)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 
+import checkpoint
 from benchmarks import tables
+from flags import MAY_CHANGE_ON_RESUME, fill_in, parse_arguments
 
 ENGLISH, VIETNAMESE = (tables.ROOT / name for name in ("README.md", "README.vi.md"))
 PROGRAMS = ("python", "pip", "tensorboard", "torchrun", "source", ".venv", "from")
@@ -17,6 +20,50 @@ def test_the_tables_are_what_the_result_files_say():
         text = page.read_text(encoding="utf-8")
         assert tables.fill(page, text) == text, f"{page.name}: run python benchmarks/tables.py"
         assert "<!-- table" in text
+
+
+MACHINE = {"gpu": "GPU", "torch": "2"}
+
+
+def test_presets_that_were_measured_have_a_row_in_a_fixed_order(tmp_path, monkeypatch):
+    page = "<!-- table accuracy -->\n\n<!-- end -->"
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    assert tables.accuracies() == "None is measured yet."
+    assert "Chưa đo preset nào." in tables.fill(VIETNAMESE, page)
+    (tmp_path / "results").mkdir()
+    runs = [{"nan": False, "training_seconds": seconds} for seconds in (1000, 1300)]
+    about = {"parameters": 12345, "nan_runs": 0, "jobs": 1, "machine": MACHINE, "runs": runs,
+             "arguments": ["--preset", "tiny", "--train-on-all"],
+             "test_accuracy": {"mean": 0.99123, "std": 0.00049}}
+    for preset, changes in {
+            "default": {"runs": runs[:1], "test_accuracy": {"mean": 0.99, "std": None}},
+            "gpu": {"nan_runs": 1, "jobs": 5, "runs": [*runs, {"nan": True, "training_seconds": 9}]},
+            "tiny": {}, "smnist": {"runs": [], "nan_runs": 2, "test_accuracy": {"mean": None, "std": None}},
+            "other": {}}.items():
+        (tmp_path / "results" / f"accuracy-{preset}.json").write_text(json.dumps(about | changes))
+    assert tables.accuracies().splitlines()[2:] == [
+        "| `--preset tiny --train-on-all` | MNIST, at most 0.1 million parameters | 12,345 | 99.12 ± 0.05 % "
+        "(2 seeds) | 1,150 s | GPU; PyTorch 2 |",
+        "| `--preset tiny --train-on-all` | MNIST, pixel by pixel | 12,345 | – (0 seeds, 2 more ended in "
+        "NaN) | – | GPU; PyTorch 2 |",
+        "| `--preset tiny --train-on-all` | MNIST, on a GPU | 12,345 | 99.12 ± 0.05 % (2 seeds, 1 more ended "
+        "in NaN) | 1,150 s, 5 at once | GPU; PyTorch 2 |",
+        "| `--preset tiny --train-on-all` | MNIST, on a laptop's CPU | 12,345 | 99.00 % (1 seed) | 1,000 s "
+        "| GPU; PyTorch 2 |"]
+    translated = tables.fill(VIETNAMESE, page)
+    assert "99.12 ± 0.05 % (2 hạt giống, 1 nữa kết thúc bằng NaN) | 1,150 s, 5 cùng lúc" in translated
+    assert "nhiều nhất 0.1 triệu tham số" in translated and "seed" not in translated
+
+
+def test_the_shipped_model_is_named_with_the_command_that_made_it():
+    contents = checkpoint.load(tables.SHIPPED)
+    made_by = re.search(r"`python train_mamba.py ([^`]+)`", tables.shipped())[1]
+    settings = parse_arguments(made_by.split())
+    fill_in(settings)
+    differing = [name for name, value in contents["settings"].items()
+                 if name not in MAY_CHANGE_ON_RESUME | {"run_name"} and getattr(settings, name) != value]
+    assert differing == []
+    assert f"| {100 * contents['metrics']['test_accuracy']:.2f} % |" in tables.shipped()
 
 
 def commands(text: str) -> list[str]:

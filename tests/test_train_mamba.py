@@ -538,6 +538,13 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(train):
         assert part.replace("/", os.sep) in done.err
 
 
+def test_a_last_step_that_spoils_the_weights_is_seen_without_validation_images_too(train, tmp_path):
+    done = train(*SMALL, "--lr", 1e30, "--warm-up", 0, "--epochs", 1, "--limit-train", 32, "--train-on-all",
+                 "--run-name", "run")
+    assert done.status == 2 and done.err.startswith("error: the loss is nan at step 1 ")
+    assert not (tmp_path / "checkpoints" / "run.pt").exists()
+
+
 FLAGS = [action.option_strings[0] for action in train_mamba.argument_parser()._actions
          if action.dest != "help"]
 

@@ -28,7 +28,7 @@ from errors import UserError, run_script
 from mamba_ssm_simple import VisionMamba2
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"train": "train_mamba", "demo": "demo_mamba", "check": "mamba_ssm_simple",
+SCRIPTS = {"train": "train_mamba", "tune": "tune_mamba", "demo": "demo_mamba", "check": "mamba_ssm_simple",
            "accuracy": "benchmarks.accuracy", "scan": "benchmarks.bench_scan",
            "architectures": "benchmarks.compare_architectures", "crash": "benchmarks.crash_test",
            "load": "benchmarks.load_test", "imagenet": "benchmarks.throughput_imagenet",
@@ -167,7 +167,48 @@ CASES = [  # (script, arguments, what the line says)
     ("demo", "seven.png", "unrecognized arguments: seven.png"),
     ("check", "--winds", "unrecognized arguments: --winds"),
     ("check", "north", "unrecognized arguments: north"),
-    ("accuracy", "", "required: --name"),
+    ("tune", "", "required: --grid"),
+    ("tune", "--grid", "--grid: expected at least one argument"),
+    ("tune", "--grid lr", "names no values; write it as lr=1e-3,2e-3"),
+    ("tune", "--grid winds=1,2", "train_mamba.py has no setting 'winds'"),
+    ("tune", "--grid no_augment=true", "has no setting 'no_augment'"),
+    ("tune", "--grid lr=fast", "--lr: must be a number above 0"),
+    ("tune", "--grid d_model=64,1.5", "--d-model: must be a whole number"),
+    ("tune", "--grid scan=spiral", "--scan: invalid choice"),
+    ("tune", "--grid bidirectional=maybe", "--bidirectional"),
+    ("tune", "--grid lr=", "has an empty value"),
+    ("tune", "--grid lr=1e-3,,2e-3", "has an empty value"),
+    ("tune", "--grid lr=1e-3,0.001", "has the value 0.001 twice"),
+    ("tune", "--grid weight-decay=0 weight_decay=1", "--grid has weight_decay twice"),
+    ("tune", "--grid lr=1 --grid lr=2", "--grid has lr twice"),
+    *(("tune", f"--grid {name}=a", "is not for a trial; leave it out")
+      for name in ("run_name", "resume", "runs_dir", "checkpoints-dir", "data_dir", "profile",
+                   "train_on_all")),
+    ("tune", "--grid lr=1 -- --lr 2", "--lr is in the grid and after --"),
+    ("tune", "--grid lr=1 -- --winds north", "unrecognized arguments: --winds"),
+    ("tune", "--grid lr=1 -- --epochs 0", "--epochs: must be a whole number"),
+    ("tune", "--grid lr=1 -- --device toaster", "--device: invalid choice"),
+    *(("tune", f"--grid lr=1 -- {flag}", "is not for a trial; leave it out after --")
+      for flag in ("--run-name a", "--resume", "--profile", "--train-on-all")),
+    ("tune", "--grid lr=1 -- --runs-dir file", "choose another --runs-dir"),
+    ("tune", "--grid lr=1 --name ../a", "--name must be letters"),
+    ("tune", "--grid lr=1 --name " + "a" * 199, "choose a shorter --name"),
+    ("tune", "--grid lr=1 --jobs 0", "--jobs must be at least 1"),
+    ("tune", "--grid lr=1 --jobs few", "--jobs: invalid int value"),
+    ("tune", "--grid lr=1 --trials 0", "--trials must be at least 1"),
+    ("tune", "--grid lr=1 --trials 2 --jobs 2", "leave --jobs out"),
+    ("accuracy", "", "one of --preset and --name is required"),
+    ("accuracy", "--preset huge", "--preset: invalid choice"),
+    ("accuracy", "--preset best --jobs 0", "--jobs must be at least 1"),
+    ("accuracy", "--preset best -- --preset tiny", "--preset behind -- is set by this script itself"),
+    ("accuracy", "--preset best -- --seed 3", "--seed behind -- is set by this script itself"),
+    ("accuracy", "--name a -- --resume", "--resume behind -- is set by this script itself"),
+    ("accuracy", "--name a -- --epochs 0", "--epochs: must be a whole number"),
+    ("accuracy", "--name a -- --winds north", "unrecognized arguments: --winds"),
+    ("accuracy", "--name a north", "unrecognized arguments: north"),
+    ("accuracy", "--name a --validation -- --train-on-all", "leave one out"),
+    ("accuracy", "--name a -- --device cuda" if not torch.cuda.is_available() else "--name a --device x",
+     "--device"),
     ("accuracy", "--name a --seeds 0", "--seeds must be at least 1"),
     ("accuracy", "--name a --seeds many", "--seeds: invalid int value"),
     ("accuracy", "--name ../a", "--name must be letters"),
@@ -252,7 +293,7 @@ def test_in_a_shell_too(script, tmp_path):
     path = ROOT / (SCRIPTS[script].replace(".", os.sep) + ".py")
     done = subprocess.run([sys.executable, path, "--winds"], cwd=tmp_path, capture_output=True,
                           encoding="utf-8", timeout=120)
-    says = "--winds" if script != "accuracy" else "--name"
+    says = "--winds" if script != "tune" else "--grid"  # the first of two mistakes
     assert_refused(done.returncode, done.stdout, done.stderr, says)
     assert list(tmp_path.iterdir()) == []
 

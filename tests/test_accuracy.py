@@ -1,0 +1,144 @@
+"""benchmarks/accuracy.py: what is trained and written; a stub tells outcomes, but for one whole command."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import checkpoint
+import presets
+from benchmarks import accuracy
+from errors import run_script
+from mamba_ssm_simple import VisionMamba2
+from trials import Outcome, Trial
+
+SMALL = "--dataset digits --epochs 1 --limit-train 64 --d-model 16 --num-blocks 1 --d-state 4 --device cpu"
+CONFIG = {"num_classes": 10, "d_model": 16, "num_blocks": 1, "in_channels": 1, "patch_size": 2, "d_state": 4}
+NAN = Outcome([], "the loss is nan at step 3; lower it", nan=True)
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """call("--preset best ...") → status, stdout and stderr, of a repository that is empty."""
+    monkeypatch.setattr(accuracy, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    def run(arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["accuracy.py", *shlex.split(arguments)])
+        status = 0
+        try:
+            run_script(accuracy.main)
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def epochs(value: float, key: str = "test_accuracy") -> list[dict]:
+    return [{"epoch": 1, "seconds": 3.0, key: 0.1}, {"epoch": 2, "seconds": 1.0, key: value}]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """trained(*outcomes) → (trial, jobs) of each trial trained, which ends, in turn, as the outcomes say."""
+    def set_outcomes(*outcomes: Outcome) -> list[tuple[Trial, int]]:
+        found = []
+
+        def train(trials, total, jobs):
+            assert total == len(trials)
+            for trial, outcome in zip(trials, outcomes, strict=False):
+                found.append((trial, jobs))
+                settings = {name: str(value) if isinstance(value, Path) else value
+                            for name, value in vars(trial.settings).items()}
+                checkpoint.save(trial.last, {
+                    "architecture": "mamba", "config": CONFIG, "model": VisionMamba2(**CONFIG).state_dict(),
+                    "dataset": {}, "epoch": 2, "metrics": {}, "settings": settings})
+                yield trial, outcome
+
+        monkeypatch.setattr(accuracy, "train", train)
+        return found
+
+    return set_outcomes
+
+
+def written(place: Path) -> dict:
+    path, = (place / "results").iterdir()
+    return json.loads(path.read_text()) | {"file": path.name}
+
+
+def test_a_preset_is_trained_on_all_images_and_every_figure_is_written(call, trained, tmp_path):
+    found = trained(Outcome(epochs(0.97)), NAN, Outcome(epochs(0.99)))
+    status, out, _ = call("--preset tiny --seeds 3 --jobs 2 -- --limit-train 64")
+    assert status == 0
+    assert [trial.name for trial, _ in found] == [f"accuracy-tiny-seed{seed}" for seed in range(3)]
+    assert all(trial.settings.train_on_all and trial.settings.d_model == 48 and jobs == 2
+               for trial, jobs in found)
+    assert [trial.settings.seed for trial, _ in found] == [0, 1, 2]
+    result = written(tmp_path)
+    assert result["file"] == "accuracy-tiny.json"
+    assert result["arguments"] == ["--preset", "tiny", "--train-on-all", "--limit-train", "64"]
+    assert result["settings"].items() >= {**presets.PRESETS["tiny"].settings, "preset": "tiny",
+                                          "limit_train": 64, "train_on_all": True}.items()
+    assert not result["settings"].keys() & {"seed", "run_name", "data_dir", "runs_dir", "device"}
+    assert result["parameters"] == sum(weight.numel() for weight in VisionMamba2(**CONFIG).parameters())
+    assert [run["nan"] for run in result["runs"]] == [False, True, False] and result["nan_runs"] == 1
+    assert [run.get("test_accuracy") for run in result["runs"]] == [0.97, None, 0.99]
+    assert [run["training_seconds"] for run in result["runs"]] == [4, 0, 4]
+    assert result["training_seconds"] == 8
+    assert result["test_accuracy"] == {"mean": pytest.approx(0.98), "std": pytest.approx(0.02 / 2**0.5)}
+    assert result["jobs"] == 2 and result["seeds"] == 3 and result["epochs"] == 40
+    assert {"cpu", "torch", "python"} <= result["machine"].keys()
+    assert "accuracy-tiny-seed1: the loss is nan at step 3; lower it" in out
+    assert "test accuracy 98.00 ± 1.41 % (seeds: 3, 1 of them ended in NaN), 8 s of training" in out
+
+
+def test_to_choose_by_validation_the_test_set_stays_unseen(call, trained, tmp_path):
+    both = epochs(0.9, "val_accuracy")
+    both[-1]["test_accuracy"] = 0.8
+    found = trained(Outcome(both))
+    status, out, _ = call("--preset tiny --seeds 1 --validation")
+    result = written(tmp_path)
+    assert status == 0 and "validation accuracy 90.00 % (seeds: 1)" in out
+    assert result["file"] == "validation-tiny.json" and not found[0][0].settings.train_on_all
+    assert result["val_accuracy"] == {"mean": 0.9, "std": None}
+    assert "test_accuracy" not in json.dumps(result) + out
+
+
+def test_what_is_there_is_kept_where_a_later_seed_fails(call, trained, tmp_path):
+    trained(Outcome(epochs(0.97)), Outcome([], "no data; get some"))
+    status, _, err = call("--name a --seeds 3 -- --epochs 1")
+    assert (status, err) == (2, "error: a-seed1 did not finish: no data; get some\n")
+    result = written(tmp_path)
+    assert result["file"] == "a.json" and [run["seed"] for run in result["runs"]] == [0]
+
+
+def test_without_a_seed_that_ends_there_is_no_mean(call, trained, tmp_path):
+    trained(NAN)
+    status, out, _ = call("--preset tiny --seeds 1")
+    assert status == 0 and "no seed came to its end (seeds: 1, 1 of them" in out
+    assert written(tmp_path)["test_accuracy"] == {"mean": None, "std": None}
+
+
+def test_validation_needs_images_that_are_held_out(call, tmp_path):
+    assert call("--preset tiny --validation -- --train-on-all")[0] == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_whole_command(call, tmp_path):
+    status, _, err = call(f"--name small --seeds 2 --jobs 2 -- {SMALL} --lr 1e-2")
+    assert (status, err) == (0, "")
+    result = written(tmp_path)
+    first, second = result["runs"]
+    assert first["test_accuracy"] != second["test_accuracy"] and first["training_seconds"] > 0
+    assert result["settings"]["lr"] == 0.01 and result["parameters"] > 1000
+    assert {path.name for path in tmp_path.iterdir()} == {"results", "runs", "checkpoints"}
+    again = call(f"--name small --seeds 2 -- {SMALL} --lr 1e-2")  # nothing is trained
+    assert again[0] == 0 and written(tmp_path)["runs"] == result["runs"]
+    status, _, err = call(f"--name small --seeds 2 -- {SMALL} --lr 2e-2")
+    assert status == 2 and "of a run with --lr 0.01 and not 0.02" in err
+    assert written(tmp_path)["arguments"][-1] == "1e-2"
