@@ -49,7 +49,7 @@ class RunLog:
 
     metrics.jsonl holds one JSON object an epoch: epoch (from 1), train_loss, train_accuracy, val_loss,
     val_accuracy, test_accuracy (fractions; null where --train-on-all leaves them out), learning_rate (of the
-    last step), and of its training images_per_second and seconds.
+    last step), of its training images_per_second and seconds, and evaluation_seconds, which are not in those.
     """
 
     def __init__(self, folder: Path, first_epoch: int, first_step: int) -> None:

@@ -210,6 +210,7 @@ def evaluation(training: Training) -> tuple[dict, Tensor | None]:
     """
     settings, dataset = training.settings, training.dataset
     val = test = None
+    started = time.perf_counter()
 
     def predict(split: data.Split) -> Tensor:
         return distributed.compute_in_parts(lambda *part: evaluate.predict(
@@ -223,7 +224,8 @@ def evaluation(training: Training) -> tuple[dict, Tensor | None]:
             "val_loss": None if val is None else negative_log_likelihood(val, dataset.val.labels),
             "val_accuracy": None if val is None else accuracy(val, dataset.val.labels),
             "test_accuracy": None if test is None else accuracy(test, dataset.test.labels),
-            "images_per_second": training.images / training.seconds, "seconds": training.seconds}, test
+            "images_per_second": training.images / training.seconds, "seconds": training.seconds,
+            "evaluation_seconds": time.perf_counter() - started}, test
 
 
 def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> None:

@@ -53,6 +53,11 @@ class Outcome(NamedTuple):
         """Of training, in all epochs."""
         return sum(epoch["seconds"] for epoch in self.epochs)
 
+    @property
+    def evaluation_seconds(self) -> float:
+        """Of the evaluations after them."""
+        return sum(epoch["evaluation_seconds"] for epoch in self.epochs)
+
 
 class Trial:
     """A run to be: its name, its flags for train_mamba.py, and the folder that the command is given in."""

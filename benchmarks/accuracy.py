@@ -115,7 +115,8 @@ def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome]) -> dict:
         metrics = outcome.epochs[-1] if outcome.epochs else {}
         runs.append({"seed": trial.settings.seed, "nan": outcome.nan,
                      **{name: value for name, value in metrics.items() if name != hidden},
-                     "training_seconds": outcome.seconds})
+                     "training_seconds": outcome.seconds,
+                     "all_evaluation_seconds": outcome.evaluation_seconds})
     accuracies = [run[measured] for run in runs if not run["nan"]]
     contents = checkpoint.load_good(trial.last)
     return {"name": arguments.name, "arguments": arguments.train,

@@ -44,7 +44,8 @@ TASKS = {
              "--checkpoint-every 7",
 }
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every point that was purged
-CLOCK = {"seconds", "images_per_second", "settings"}  # what two runs need not share; settings name folders
+# What two runs need not share; settings name folders.
+CLOCK = {"seconds", "evaluation_seconds", "images_per_second", "settings"}
 
 
 def main() -> None:

@@ -40,7 +40,8 @@ def call(tmp_path, monkeypatch, capsys):
 
 
 def epochs(value: float, key: str = "test_accuracy") -> list[dict]:
-    return [{"epoch": 1, "seconds": 3.0, key: 0.1}, {"epoch": 2, "seconds": 1.0, key: value}]
+    return [{"epoch": 1, "seconds": 3.0, "evaluation_seconds": 0.5, key: 0.1},
+            {"epoch": 2, "seconds": 1.0, "evaluation_seconds": 0.5, key: value}]
 
 
 @pytest.fixture
@@ -89,6 +90,7 @@ def test_a_preset_is_trained_on_all_images_and_every_figure_is_written(call, tra
     assert [run["nan"] for run in result["runs"]] == [False, True, False] and result["nan_runs"] == 1
     assert [run.get("test_accuracy") for run in result["runs"]] == [0.97, None, 0.99]
     assert [run["training_seconds"] for run in result["runs"]] == [4, 0, 4]
+    assert [run["all_evaluation_seconds"] for run in result["runs"]] == [1, 0, 1]
     assert result["training_seconds"] == 8
     assert result["test_accuracy"] == {"mean": pytest.approx(0.98), "std": pytest.approx(0.02 / 2**0.5)}
     assert result["jobs"] == 2 and result["seeds"] == 3 and result["epochs"] == 40

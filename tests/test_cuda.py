@@ -8,6 +8,7 @@ import copy
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -22,9 +23,10 @@ from selective_scan import (
 
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 2e-2), torch.float16: (2e-3, 4e-3)}
 NAMES = ("out", "last_state", "u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-SHAPES = [(2, 1, 3, 1), (1, 2, 5, 3), (2, 7, 37, 16), (1, 37, 20, 64), (1, 131, 3, 5)]  # the last in segments
+SHAPES = [(2, 1, 3, 1), (1, 2, 5, 3), (2, 7, 37, 16), (1, 13, 5, 64), (1, 131, 3, 5)]  # the last in segments
 if torch.cuda.is_available():  # too much for the interpreter
-    SHAPES += [(3, 28, 300, 16), (3, 196, 300, 16), (2, 300, 100, 16), (2, 2049, 100, 16), (1, 16384, 40, 16)]
+    SHAPES += [(1, 37, 20, 64), (3, 28, 300, 16), (3, 196, 300, 16), (2, 300, 100, 16), (2, 2049, 100, 16),
+               (1, 16384, 40, 16)]
 CASES = [(shape, dtype) for shape in SHAPES for dtype in TOLERANCE
          if torch.cuda.is_available() or dtype is torch.float32 or shape == SHAPES[2]]
 
@@ -113,7 +115,7 @@ def test_slices_of_a_projection_are_read_where_they_lie(seed, device):
 
 @runs_here
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (2, 37, 300, 4), (2, 7, 20, 3), (1, 2, 5, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (2, 37, 140, 4), (2, 7, 20, 3), (1, 2, 5, 1)], ids=str)
 def test_causal_conv(shape, dtype, seed, device):
     b, l, e, taps = shape
     x = torch.randn(b, l, 2 * e, device=device).to(dtype)[..., e:]
@@ -140,16 +142,30 @@ def output_and_gradients(module, x, dy, function):
 
 
 def assert_equal_modules(given, dy, module, one_operator):
-    """Output and gradients of the operator are those of the module line by line in float64."""
+    """Output and gradients of the operator are those of the module line by line in float64.
+
+    In bfloat16 products follow each other, and there are few tokens over which their roundings average out;
+    so the operator may be as far off as three times what the module is, line by line under autocast. Triton's
+    interpreter cuts bfloat16 off where a GPU rounds it, which averages out nowhere.
+    """
     wide = copy.deepcopy(module).double()
     right = output_and_gradients(wide, given.double(), dy.double(), wide)
     got = output_and_gradients(module, given, dy, one_operator)
-    # Products in bfloat16 follow each other here: five roundings, where the scan alone has one; and few
-    # tokens, over which they do not average out.
-    limit = 1e-5 if given.dtype == torch.float32 else 6e-2
+    plain = {}
+    if given.dtype == torch.bfloat16:
+        with (mock.patch.object(SelectiveScan, "fuses", lambda *_: False),
+              torch.autocast(given.device.type, torch.bfloat16)):
+            plain = output_and_gradients(module, given, dy, module)
     for name, expected in right.items():
-        error = ((got[name].double() - expected).norm() / expected.norm()).item()
-        assert error < limit, f"{name}: relative error {error:.1e}"
+        error, limit = distance(got[name], expected), 1e-5
+        if plain:
+            least = 2e-2 if given.is_cuda else 1e-1
+            limit = max(least, 3 * distance(plain[name], expected))
+        assert error < limit, f"{name}: relative error {error:.1e}, allowed {limit:.0e}"
+
+
+def distance(a, b):
+    return ((a.double() - b).norm() / b.norm()).item()
 
 
 @runs_here
@@ -175,14 +191,24 @@ def test_the_block_in_one_is_the_block_line_by_line(scan, index, dtype, seed, de
 
 
 @runs_here
+def test_matrices_are_cast_and_found_again(seed, device):
+    from selective_scan import weights_cuda
+
+    given = [torch.randn(*shape, device=device) for shape in ((40, 70), (3, 5), (1, 1), (9, 130))]
+    found = weights_cuda.views(weights_cuda.cast(given, torch.float16), given)
+    assert all(torch.equal(a, b.half()) for a, b in zip(found, given, strict=True))
+
+
+@runs_here
 @pytest.mark.parametrize("scan", ["row", "cross"])
 def test_a_dropped_path_leaves_an_image_as_it_was(scan, seed, device):
     module = MambaBlock(20, scan, 1, d_state=4, drop_path=0.5).to(device)
-    x = torch.randn(16, 2, 1, 20, device=device)
+    x = torch.randn(8, 2, 1, 20, device=device)
     whole = module.eval().fused(x.requires_grad_()) - x
+    torch.manual_seed(0)  # which images go past the block must not be all of them, by chance, or none
     y = module.train().fused(x) - x
     kept = y.flatten(1).abs().amax(1) > 0
-    assert 0 < kept.sum() < 16
+    assert 0 < kept.sum() < 8
     torch.testing.assert_close(y[kept], 2 * whole[kept], rtol=1e-4, atol=1e-5)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(gradient[~kept], torch.zeros_like(gradient[~kept]))
