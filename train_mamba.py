@@ -155,7 +155,8 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     training.saved = f"{last} (step {training.step})"
     log = RunLog(folder, training.epoch, training.step) if distributed.is_writer() else NoLog()
     with log, StopRequest() as stop, memory.told_when_full(training):
-        training.prepare()
+        if device.type == "cuda" and distributed.size() == 1:
+            training.prepare()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         count = distributed.size()
         each = f" in each of {count} processes, {settings.batch_size} together" if count > 1 else ""

@@ -27,7 +27,7 @@ import augment
 import data
 import distributed
 import rng
-from captured import WARM_UP, CapturedStep
+from captured import CapturedStep
 from errors import UserError
 from run_log import RunLog
 
@@ -73,39 +73,19 @@ class Training:
         self.average_weight = torch.zeros((), device=device)  # of the newest weights; a tensor as the rate is
 
     def prepare(self) -> None:
-        """Compile and capture what a CUDA device will run, by steps that leave no trace.
+        """Compile what the steps will run, by steps of a copy: nothing of this training changes.
 
-        Else the first epoch's time would be the compilers'. Nothing to do where steps are not captured.
+        Else the first epoch's time would be the compilers'. torch.compile's is still in it.
         """
-        if not isinstance(self.device_step, CapturedStep):
-            return
-        generator_state, random_state = self.augmentation.get_state(), rng.state(self.device)
-        scaler = self.scaler.state_dict()
-        before = [(tensor, tensor.clone()) for tensor in self.tensors()]
-        size, total = self.settings.batch_size, len(self.dataset.train.labels)
-        self.model.train()
-        for count, steps in ((min(size, total), WARM_UP + 1), (total % size, 1)):
-            if count:
-                images = torch.zeros(count, *self.dataset.shape, dtype=torch.uint8, device=self.device)
-                for _ in range(steps):
-                    self.device_step(images, torch.zeros(count, dtype=torch.int64, device=self.device))
-        # The graph has the places of these tensors: their values go back, and the optimiser's new ones to 0.
-        with torch.no_grad():
-            for tensor in self.tensors():
-                tensor.zero_()
-            for tensor, value in before:
-                tensor.copy_(value)
-        self.scaler.load_state_dict(scaler)
-        rng.restore(random_state, self.device)
-        self.augmentation.set_state(generator_state)
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor that a step changes in place."""
-        modules = [self.model] if self.averaged is None else [self.model, self.averaged]
-        of_optimizer = [value for state in self.optimizer.state.values() for value in state.values()
-                        if isinstance(value, Tensor)]
-        return [self.sums, *of_optimizer,
-                *(tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))]
+        settings = argparse.Namespace(**vars(self.settings) | {"compile": False})
+        before = rng.state(self.device)
+        trial = Training(copy.deepcopy(self.model), self.dataset, settings, self.device)
+        trial.model.train()
+        size, images = self.settings.batch_size, len(self.dataset.train.labels)
+        for count in {min(size, images), images % size or size}:
+            trial.update(torch.zeros(count, *self.dataset.shape, dtype=torch.uint8, device=self.device),
+                         torch.zeros(count, dtype=torch.int64, device=self.device))
+        rng.restore(before, self.device)
 
     @property
     def evaluated(self) -> nn.Module:

@@ -12,8 +12,8 @@ attention by PyTorch's flash kernel, looked for by name among the kernels that r
 weights, because autocast would make it float16. On a CPU: float32, smaller sizes, nothing compiled. Memory is
 the most that PyTorch held during a step beyond weights and input.
 
-Whatever fails is recorded with its reason, and the rest goes on. results/compare_architectures_DEVICE.json is
-written after every size; the plots lie beside it.
+Whatever fails is recorded with its reason, and the rest goes on. results/compare_architectures_DEVICE.json
+and the plots beside it are written after every size.
 """
 
 from __future__ import annotations
@@ -198,12 +198,13 @@ def main() -> None:
                                 key=lambda row: row["tokens"])
         result["exponents"] = exponents(result["rows"])
         write(result, output)
+        plots = draw(result, output)
     if device.type == "cuda":
         result["attention"] |= check_attention(makers, sizes[-1], device, not arguments.no_compile)
         write(result, output)
     for name, exponent in result["exponents"].items():
         print(f"time of one sequence grows with length to the power of {exponent:.3f}: {name}")
-    print(f"written to {output} and, as plots, to {', '.join(plot.name for plot in draw(result, output))}")
+    print(f"written to {output} and, as plots, to {', '.join(plot.name for plot in plots)}")
 
 
 def parse_arguments() -> argparse.Namespace:

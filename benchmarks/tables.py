@@ -52,6 +52,8 @@ VIETNAMESE = {  # the words of README.vi.md's tables; the longer before those th
     "| floor |": "| sàn |", "| measured |": "| đo được |", "| aim |": "| mục tiêu |", "| on |": "| trên |",
     "rows": "hàng", "7×7 tokens": "7×7 token", "14×14 tokens": "14×14 token", "cores": "lõi",
     "high resolution": "độ phân giải cao", "language": "ngôn ngữ", "| long |": "| dài |",
+    "layers, width": "lớp, rộng", "Tokens × batch; forward and backward": "Token × batch; tiến và lùi",
+    "peak MiB": "MiB nhiều nhất", "| exponent |": "| số mũ |", "compiled": "biên dịch",
     "On ": "Trên ", "an H100": "một H100",
 }
 

@@ -310,10 +310,11 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
 @jit
 def load_checkpoint(checkpoints, b, first, length, e, n, inside, channels: constexpr, N_STATE: constexpr,
                     CHUNK: constexpr):
-    """The state before the chunk that step `first` is in, as it lies in memory."""
+    """The state before the chunk that step `first` is in."""
     before = first // CHUNK - 1
     at = (b * ((length - 1) // CHUNK) + gl.maximum(before, 0)) * N_STATE * channels
-    return gl.load(states_at(checkpoints + at, e, n, channels), mask=inside & (before >= 0), other=0.0)
+    h = gl.load(states_at(checkpoints + at, e, n, channels), mask=inside & (before >= 0), other=0.0)
+    return h.to(gl.float32)
 
 
 @jit
@@ -369,40 +370,32 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
     where = own_e, own_inside, k_projected, n_projected
     first = start + (groups - 1) * GROUP
     t, left = b * 0 + first, stop - first
-    next_h = load_checkpoint(checkpoints, b, first, length, e, n, states_inside, channels, N_STATE, CHUNK)
+    h = load_checkpoint(checkpoints, b, first, length, e, n, states_inside, channels, N_STATE, CHUNK)
     next_u, next_delta, next_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t, left, where, N_STATE,
                                             GROUP)
     next_dout, next_z, next_C = load_group(dout_0, dout_l, z_0, z_l, C_0, C_l, t, left, where, N_STATE, GROUP)
-    past_u, past_delta, past_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t // CHUNK * CHUNK, GROUP,
-                                            where, N_STATE, GROUP)
     for i in range(groups):
         first = start + (groups - 1 - i) * GROUP
-        h, left = next_h.to(gl.float32), stop - first
+        left = stop - first
         now_u, now_delta, now_B = next_u, next_delta, next_B
         now_dout, now_z, now_C = next_dout, next_z, next_C
-        # The group before is on its way while this one is worked on, and its checkpoint, and what leads from
-        # there to it.
+        # The group before is on its way while this one is worked on.
         before = gl.maximum(first - GROUP, start)
         t = b * 0 + before
-        next_h = load_checkpoint(checkpoints, b, before, length, e, n, states_inside, channels, N_STATE,
-                                 CHUNK)
         next_u, next_delta, next_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t, GROUP, where,
                                                 N_STATE, GROUP)
         next_dout, next_z, next_C = load_group(dout_0, dout_l, z_0, z_l, C_0, C_l, t, GROUP, where, N_STATE,
                                                GROUP)
-        for past in range(first // CHUNK * CHUNK, first, GROUP):
+        for past in range(first // CHUNK * CHUNK, first, GROUP):  # from the checkpoint to this group
+            past_u, past_delta, past_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, b * 0 + past, GROUP,
+                                                    where, N_STATE, GROUP)
             for k in gl.static_range(GROUP):
                 dt = step_size(past_delta[k].to(gl.float32) + bias_e, own_inside, SOFTPLUS)
                 dts[k].store(dt[None, :])
                 xs[k].store((dt * past_u[k].to(gl.float32))[None, :])
             Bs.store(past_B.to(gl.float32))
-            following = b * 0 + gl.minimum(past + GROUP, first)
-            past_u, past_delta, past_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, following, GROUP,
-                                                    where, N_STATE, GROUP)
             for k in gl.static_range(GROUP):
                 h = advance(h, dts[k].load(STATES), xs[k].load(STATES), Bs, k, A2, STATES)
-        past_u, past_delta, past_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t // CHUNK * CHUNK,
-                                                GROUP, where, N_STATE, GROUP)
 
         # What concerns a channel alone.
         Bs.store(now_B.to(gl.float32))
@@ -452,7 +445,8 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
         gl.store(own + (b * 0 + batch) * length * N_STATE + of_sums, gl.sum(dCs.load(SUMS), axis=1),
                  mask=projected_inside)
 
-        # Their gradients, backwards.
+        # Their gradients, backwards; the registers of the states are free for those of the group before.
+        h = load_checkpoint(checkpoints, b, before, length, e, n, states_inside, channels, N_STATE, CHUNK)
         dB_parts = ()
         for k in gl.static_range(GROUP - 1, -1, -1):
             g += column_of(Cs, k).load(STATES) * dys[k].load(STATES)

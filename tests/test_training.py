@@ -11,7 +11,6 @@ from torch import nn
 
 import data
 import train_mamba
-from captured import WARM_UP, CapturedStep
 from errors import UserError
 from mamba_ssm_simple import VisionMamba2
 from training import Training, average, parameter_groups
@@ -48,22 +47,25 @@ def test_the_rate_rises_for_as_long_as_asked_and_falls_to_a_hundredth(training):
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])
-def test_preparing_a_step_leaves_no_trace(training, steps_before, monkeypatch):
-    """On a CPU with the steps that a CUDA device would capture run as they are."""
-    monkeypatch.setattr(CapturedStep, "__call__", lambda step, *batch: calls.append(step.function(*batch)))
-    calls, ends = [], []
+def test_preparing_changes_nothing(training, steps_before, monkeypatch):
+    sizes, ends, update = [], [], Training.update
+
+    def counted(trial: Training, images: torch.Tensor, labels: torch.Tensor):
+        sizes.append(len(labels))
+        return update(trial, images, labels)
+
     for prepares in (False, True):
         torch.manual_seed(1)
         run = training("--augment", "elastic", "--drop-path", 0.5, "--ema", 0.9, "--lr", 0.1)
         batch = run.dataset.train.images[:50], run.dataset.train.labels[:50]
         for step in range(steps_before + 2):
             if prepares and step == steps_before:
-                run.device_step = CapturedStep(run.update, [run.augmentation])
-                run.prepare()
-                run.device_step = run.update
+                with monkeypatch.context() as patch:
+                    patch.setattr(Training, "update", counted)
+                    run.prepare()
             run.train_step(*batch)
         ends.append(run.state())
-    assert len(calls) == WARM_UP + 2  # of them one on the epoch's smaller last batch
+    assert sorted(sizes) == sorted({64, len(run.dataset.train.labels) % 64})
     for name in ("model", "averaged"):
         for key, value in ends[0][name].items():
             assert torch.equal(value, ends[1][name][key]), f"{name}.{key}"
