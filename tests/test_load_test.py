@@ -38,7 +38,16 @@ def load(tmp_path, monkeypatch, capsys):
     return call
 
 
-def test_nothing_piles_up(load, monkeypatch, tmp_path):
+@pytest.fixture
+def process_of_before():
+    """A child that is there before the load begins, as a pool of workers may be, and after it has ended."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        assert process.poll() is None
+        process.kill()
+
+
+def test_nothing_piles_up(load, monkeypatch, tmp_path, process_of_before):
     monkeypatch.setattr(load_test, "LOOKS", 10)
     rows = load("--starts", "5", "--classifications", "1000", "--loads", "starts", "pictures", "drawings")
     assert [(row["load"], row["count"]) for row in rows] == [("starts", 5), ("pictures", 1000),
@@ -49,7 +58,7 @@ def test_nothing_piles_up(load, monkeypatch, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"small.pt", "found.json"}
 
 
-def test_what_piles_up_is_seen(load, monkeypatch, capsys):
+def test_what_piles_up_is_seen(load, monkeypatch, capsys, process_of_before):
     kept = []
 
     def careless(folder: Path, _):
