@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -11,9 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,13 +21,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import captured
 import checkpoint
 import data
+import demo_mamba
 import evaluate
 import explain
 import mnist
 import train_mamba
-from errors import run_script
 from mamba_ssm_simple import VisionMamba2
 from run_log import RunLog
+from tests.commands import Ended, patched
 from training import Training, accuracy
 
 ROOT = Path(__file__).parent.parent
@@ -39,31 +39,10 @@ IMAGES = 1200
 SPEED = {"seconds", "images_per_second"}
 
 
-class Ended(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def train(tmp_path, monkeypatch, capfd):
+def train(command):
     """Runs the script in this process and in an empty folder: train(*arguments) → status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # both set back after the test
-    precision = torch.get_float32_matmul_precision()
-
-    def call(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["train_mamba.py", *map(str, arguments)])
-        status = 0
-        capfd.readouterr()
-        try:
-            run_script(train_mamba.main)
-        except SystemExit as ended:
-            status = ended.code or 0
-        return Ended(status, *capfd.readouterr())
-
-    yield call
-    torch.set_float32_matmul_precision(precision)
+    return functools.partial(command, train_mamba)
 
 
 def script(name: str, *arguments: object) -> list[str]:
@@ -199,12 +178,13 @@ def test_recording_deltas_changes_nothing():
     assert len(scans) == 2
 
 
-def test_the_demo_shows_it(whole):
-    done = subprocess.run(script("demo_mamba.py", "--device", "cpu"), cwd=whole, capture_output=True,
-                          encoding="utf-8", timeout=300, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_demo_shows_it(whole, command, monkeypatch):
+    monkeypatch.chdir(whole)
+    monkeypatch.setattr(evaluate, "SECONDS", 0.01)
+    done = command(demo_mamba, "--device", "cpu")
+    assert (done.status, done.err) == (0, "")
     best = max(read_metrics(whole), key=lambda metrics: metrics["val_accuracy"])
-    assert done.stdout.startswith(f"test accuracy {100 * best['test_accuracy']:.2f}%")
+    assert done.out.startswith(f"test accuracy {100 * best['test_accuracy']:.2f}%")
     report = json.loads((whole / "runs" / "run" / "demo" / "report.json").read_text())
     assert report["test"]["accuracy"] == pytest.approx(best["test_accuracy"])
 
@@ -238,11 +218,26 @@ def test_every_kind_of_run_trains(options, train, tmp_path):
 # ---- Stopping and going on
 
 
+# Step 20 waits for the end of stdin, so that the epoch is not over before the Ctrl-C comes.
+HELD = """
+from training import Training
+
+step = Training.train_step
+
+def held(training, *batch):
+    if training.step == 20:
+        sys.stdin.read()
+    return step(training, *batch)
+
+Training.train_step = held
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a process")
 def test_ctrl_c_and_resume_as_a_user_does_it(whole, tmp_path):
-    command = script("train_mamba.py", *SMALL, "--run-name", "run")
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          encoding="utf-8") as process:
+    command = [sys.executable, patched(tmp_path, HELD), *SMALL, "--run-name", "run"]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, encoding="utf-8") as process:
         head = process.stdout.readline()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -260,7 +260,7 @@ def test_in_a_shell_too(script, tmp_path):
 # ---- Readers, with whatever bytes there may be
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500)
 @given(head=st.sampled_from([b"", b"\0\0\x08", b"\0\0\x08\1", b"\0\0\x08\3", b"\0\0\x0d\1", b"\0\0\x08\xff"]),
        sizes=st.lists(st.sampled_from([0, 1, 2, 3, 2**16, 2**31, 2**32 - 1]), max_size=4),
        rest=st.binary(max_size=40))
@@ -280,7 +280,7 @@ def test_any_bytes_are_an_idx_file_or_refused_in_one_line(head, sizes, rest, tmp
         assert header + array.tobytes() == content
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=20))
 def test_run_names_are_one_part_of_a_path(name):
     if checkpoint.is_run_name(name):
