@@ -22,6 +22,6 @@ def patched(place: Path, code: str, script: str = "train_mamba.py") -> Path:
     So a command can be stopped at a moment that the test chooses, however busy the machine is.
     """
     path = place / "patched.py"
-    path.write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
+    path.write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport cpu_settings\n{code}\n"
                     f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n", encoding="utf-8")
     return path

@@ -38,21 +38,28 @@ def command(processes: int, *arguments: object, script: Path = ROOT / "train_mam
     return [sys.executable, *(launcher if processes > 1 else ()), str(script), *map(str, arguments)]
 
 
-def train(place: Path, processes: int, *arguments: object) -> str:
-    place.mkdir(exist_ok=True)
-    done = subprocess.run(command(processes, *arguments), cwd=place, capture_output=True, encoding="utf-8",
-                          timeout=300)
+def train(place: Path, processes: int, *arguments: object, code: str = "") -> str:
+    """What a run prints that may warn of nothing; `code` is done before it."""
+    started = command(processes, *arguments, **({"script": patched(place, code)} if code else {}))
+    done = subprocess.run(started, cwd=place, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr.replace("OMP_NUM_THREADS", "")
     return done.stdout
 
 
+UNDRAWN = """
+from run_log import RunLog
+
+RunLog.draws = lambda *_, **__: False  # pictures for TensorBoard take longer than runs as short as these
+"""
+
+
 @pytest.fixture
 def running(tmp_path) -> Iterator[subprocess.Popen]:
     """A run of two processes that has finished an epoch, in a process group of its own."""
-    process = subprocess.Popen(command(2, *SMALL, "--epochs", 100, "--checkpoint-every", 5), cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                               start_new_session=True)
+    started = command(2, *SMALL, "--epochs", 100, "--checkpoint-every", 5, script=patched(tmp_path, UNDRAWN))
+    process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               encoding="utf-8", start_new_session=True)
     while not (line := process.stdout.readline()).startswith("epoch"):
         assert line, process.stderr.read()
     yield process
@@ -65,7 +72,7 @@ def running(tmp_path) -> Iterator[subprocess.Popen]:
 def one(tmp_path_factory) -> Path:
     """A run of one process."""
     place = tmp_path_factory.mktemp("one")
-    train(place, 1, *SMALL)
+    train(place, 1, *SMALL, code=UNDRAWN)
     return place
 
 
@@ -125,7 +132,7 @@ checkpoint.save = held
 @pytest.mark.parametrize(("first", "then"), [pytest.param(2, 1, marks=pytest.mark.full), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(first, then, one, tmp_path):
     """Killed after the checkpoint at step 30, of 46."""
-    started = command(first, *SMALL, "--checkpoint-every", 30, script=patched(tmp_path, HELD))
+    started = command(first, *SMALL, "--checkpoint-every", 30, script=patched(tmp_path, UNDRAWN + HELD))
     process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                encoding="utf-8", start_new_session=True)
     while (line := process.stdout.readline()) != "saved\n":
@@ -133,7 +140,7 @@ def test_a_run_goes_on_with_another_number_of_processes(first, then, one, tmp_pa
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert checkpoint.load_good(tmp_path / "checkpoints" / "run.last.pt")["step"] == 30
-    train(tmp_path, then, "--resume")
+    train(tmp_path, then, "--resume", code=UNDRAWN)
     ours, theirs = dict(curve(tmp_path)), dict(curve(one))
     assert set(ours) == set(theirs) | {30}
     assert all(ours[step] == pytest.approx(theirs[step], rel=1e-4) for step in theirs)

@@ -45,6 +45,12 @@ def train(command):
     return functools.partial(command, train_mamba)
 
 
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """No pictures for TensorBoard, which take longer than runs as short as these."""
+    monkeypatch.setattr(RunLog, "draws", lambda *_, **__: False)
+
+
 def script(name: str, *arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / name), *map(str, arguments)]
 
@@ -194,6 +200,7 @@ def test_the_same_seed_gives_the_same_weights(train, tmp_path, whole):
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_seed_gives_others(train, tmp_path):
     few = [*SMALL, "--epochs", 1, "--limit-train", 64, "--run-name"]
     assert train(*few, "a").status == train(*few, "b", "--seed", 1).status == 0
@@ -278,6 +285,7 @@ def interrupt_evaluation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(evaluate, "predict", interrupted)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("interrupt", "line", "steps"), [
     pytest.param(lambda patch: interrupt_step(patch, STEPS + 7), "stopped in epoch 2", STEPS + 7,
                  id="mid-epoch"),
@@ -308,6 +316,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(interrupt, line, steps
     assert {step for _, step in ours.keys() - theirs.keys()} <= {steps}, "where it stopped may be logged, too"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_stopped_run_goes_on_where_its_checkpoint_lies_and_counts_its_seconds(train, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         interrupt_step(patch, 3)
@@ -324,6 +333,7 @@ def test_a_stopped_run_goes_on_where_its_checkpoint_lies_and_counts_its_seconds(
     assert metrics["seconds"] > 1000 and metrics["images_per_second"] < 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_in_the_last_evaluation_changes_nothing(train, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         interrupt_evaluation(patch)
@@ -341,6 +351,7 @@ AVERAGED = ["--epochs", 3, "--limit-train", 200, "--train-on-all", "--ema", 0.9,
             "--drop-path", 0.2]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_average_is_resumed_to_the_bit_and_the_test_set_waits_for_the_last_epoch(train, tmp_path):
     assert train(*SMALL, *AVERAGED, "--run-name", "whole").status == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -487,12 +498,6 @@ def test_a_wrong_command_is_one_line_and_writes_nothing(arguments, says, train, 
                    train(*shlex.split(arguments)), says, tmp_path, before)
 
 
-def test_a_wrong_command_is_one_line_in_a_shell_too(tmp_path):
-    done = subprocess.run(script("train_mamba.py", "--epochs", 0), cwd=tmp_path, capture_output=True,
-                          encoding="utf-8", timeout=300)
-    assert_refused(Ended(done.returncode, done.stdout, done.stderr), "--epochs", tmp_path, {})
-
-
 @pytest.mark.parametrize("there", ["runs/run", "checkpoints/run.pt", "checkpoints/run.last.pt",
                                    "checkpoints/run.last.pt.previous"])
 def test_nothing_of_another_run_is_overwritten(there, train, tmp_path):
@@ -526,6 +531,7 @@ def test_a_state_that_does_not_fit_is_refused(train, whole, tmp_path):
     assert_refused(train("--resume"), "does not fit", tmp_path, before)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(train):
     done = train(*SMALL, "--lr", 1e30, "--warm-up", 0, "--run-name", "run")
     assert done.status == 2 and done.err.startswith("error: the loss is ") and done.err.count("\n") == 1
