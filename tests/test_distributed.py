@@ -47,10 +47,15 @@ def train(place: Path, processes: int, *arguments: object, code: str = "") -> st
     return done.stdout
 
 
+# No pictures for TensorBoard, which take longer than runs as short as these, nor the import of what draws.
 UNDRAWN = """
+import types
+
+for name in ("figures", "scan_figures"):
+    sys.modules[name] = types.ModuleType(name)
 from run_log import RunLog
 
-RunLog.draws = lambda *_, **__: False  # pictures for TensorBoard take longer than runs as short as these
+RunLog.draws = lambda *_, **__: False
 """
 
 

@@ -309,7 +309,7 @@ def run(command, monkeypatch):
 
 
 RUN = ("--dataset", "folder", "--data-dir", "digits", "--image-size", "16", "--patch-size",
-       "2", "--d-model", "32", "--num-blocks", "4", "--d-state", "4", "--lr", "6e-3", "--batch-size", "32",
+       "4", "--d-model", "32", "--num-blocks", "4", "--d-state", "4", "--lr", "6e-3", "--batch-size", "32",
        "--run-name", "digits")
 
 

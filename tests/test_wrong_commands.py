@@ -9,11 +9,11 @@ import hashlib
 import importlib
 import os
 import pickle
+import runpy
 import shlex
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -247,19 +247,38 @@ def test_one_line_and_nothing_written(script, arguments, says, place, monkeypatc
     assert snapshot(place, ROOT / "results") == before
 
 
-def test_in_a_shell_too(tmp_path):
-    """Every script as a user calls it, with a flag that there is not."""
-    def run(script: str) -> subprocess.CompletedProcess:
-        (tmp_path / script).mkdir()
-        path = ROOT / (SCRIPTS[script].replace(".", os.sep) + ".py")
-        return subprocess.run([sys.executable, path, "--winds"], cwd=tmp_path / script, capture_output=True,
-                              encoding="utf-8", timeout=300)
+SHELLED = ("train", "demo", "check", "accuracy", "spoken")  # some of each folder, as imports take seconds
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # to import all that a script needs keeps one core busy
-        for script, done in zip(SCRIPTS, pool.map(run, SCRIPTS), strict=True):
-            says = "--winds" if script != "accuracy" else "--name"
-            assert_refused(done.returncode, done.stdout, done.stderr, says)
-            assert list((tmp_path / script).iterdir()) == [], script
+
+def script_path(script: str) -> Path:
+    return ROOT / (SCRIPTS[script].replace(".", os.sep) + ".py")
+
+
+@pytest.mark.parametrize("script", SHELLED)
+def test_in_a_shell_too(script, tmp_path):
+    """As a user does it: a flag that there is not."""
+    done = subprocess.run([sys.executable, script_path(script), "--winds"], cwd=tmp_path, capture_output=True,
+                          encoding="utf-8", timeout=300)
+    says = "--winds" if script != "accuracy" else "--name"
+    assert_refused(done.returncode, done.stdout, done.stderr, says)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in SHELLED])
+def test_as_a_script_too(script, tmp_path, monkeypatch, capfd):
+    """The others within this process, begun as Python begins a script: they find the repository's modules."""
+    path = script_path(script)
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # set back after the test
+    monkeypatch.setattr(sys, "path", [str(path.parent), *elsewhere])
+    monkeypatch.setattr(sys, "argv", [str(path), "--winds"])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
+    assert_refused(ended.value.code, *capfd.readouterr(), "--winds")
+    assert str(ROOT) in sys.path
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- Readers, with whatever bytes there may be
