@@ -80,7 +80,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _fail(message: str) -> NoReturn:
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(2)  # where all processes fail alike the first one tells, and torchrun ends the others
+        # Where all processes fail alike the first one tells, and torchrun ends the others; on a busy machine
+        # it may come seconds after them.
+        time.sleep(10)
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 

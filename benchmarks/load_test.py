@@ -4,7 +4,7 @@
 
 Training is started on `digits` as a command, and as often within one process, as a notebook does it; pictures
 are classified as `demo_mamba.py --image` does it, and drawings as the page of --serve does. After each,
-temporary files, processes (zombies included) and open files that are left over are counted, and the memory
+temporary files, processes (zombies included) and open files that it left over are counted, and the memory
 held is read: at the start, once everything is warm, and at the end. results/load_test.json holds the counts.
 """
 
@@ -119,6 +119,7 @@ def put_on(load: str, count: int, folder: Path, model: Path) -> dict:
     count, temporary_files, processes and open_files (left over), first_mib and last_mib (medians over the
     second and the last fifth), grown (the fraction by which the last is above the first).
     """
+    before = files(folder), processes()  # of whoever called this, or of another load: not this one's doing
     once = {"commands": command, "starts": start, "pictures": pictures, "drawings": drawings}[load](folder,
                                                                                                    model)
     memory, opened = [], []
@@ -129,9 +130,9 @@ def put_on(load: str, count: int, folder: Path, model: Path) -> dict:
             opened.append(len(os.listdir("/proc/self/fd")))
     fifth = len(memory) // 5
     first, last = (statistics.median(part) for part in (memory[fifth:2 * fifth], memory[-fifth:]))
-    return {"count": count, "temporary_files": stray_files(folder), "processes": stray_processes(),
-            "open_files": max(0, opened[-1] - opened[fifth]), "first_mib": first, "last_mib": last,
-            "grown": last / first - 1}
+    return {"count": count, "temporary_files": len(files(folder) - before[0]),
+            "processes": len(processes() - before[1]), "open_files": max(0, opened[-1] - opened[fifth]),
+            "first_mib": first, "last_mib": last, "grown": last / first - 1}
 
 
 # ---- The loads: each is a function that does it once; a command's returns the MiB that the command held ----
@@ -242,19 +243,24 @@ def held() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def stray_processes() -> int:
-    """Processes, zombies included, that are children of this one or stem from a command that has ended."""
-    strays = 0
+def processes() -> set[tuple[int, int]]:
+    """Children of this process, zombies included, and what stems from a command that has ended.
+
+    Each by its number and the time it was started at, as numbers are given again.
+    """
+    found = set()
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has just ended
-            _, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
-            strays += int(parent) == os.getpid() or int(session) in SESSIONS
-    return strays
+            fields = path.read_text().rpartition(")")[2].split()  # from proc(5)'s third on
+            parent, session, started = (int(fields[place]) for place in (1, 3, 19))
+            if parent == os.getpid() or session in SESSIONS:
+                found.add((int(path.parent.name), started))
+    return found
 
 
-def stray_files(folder: Path) -> int:
+def files(folder: Path) -> set[Path]:
     """Files and folders where temporary ones go, and among the checkpoints and runs, which were deleted."""
-    return sum(1 for name in ("tmp", "checkpoints", "runs") for _ in (folder / name).rglob("*"))
+    return {path for name in ("tmp", "checkpoints", "runs") for path in (folder / name).rglob("*")}
 
 
 if __name__ == "__main__":

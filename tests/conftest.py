@@ -1,13 +1,27 @@
-"""Fixtures of several test files: the device, and a seed that is new each run."""
+"""Fixtures of several test files: a script called as a command, the device, a seed that is new each run."""
 
 from __future__ import annotations
 
 import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
 
 import os
+import signal
+import sys
+import threading
+from types import ModuleType
 
+import hypothesis
 import pytest
 import torch
+
+from errors import run_script
+from tests.commands import Ended
+
+# Hypothesis would fail a test whose examples are drawn slowly, and a busy machine draws slowly. A folder that
+# is shared by the examples of a test is meant.
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[
+    hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture])
+hypothesis.settings.load_profile("tests")
 
 
 def pytest_addoption(parser) -> None:
@@ -16,6 +30,9 @@ def pytest_addoption(parser) -> None:
 
 
 def pytest_configure(config) -> None:
+    # A shell makes what it starts in the background deaf to Ctrl-C, and the tests, which send it to
+    # themselves and to commands that they start, may be in there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "full: run with --full only")
     if config.getoption("--seed") is None:
         config.option.seed = int.from_bytes(os.urandom(4), "little")
@@ -39,6 +56,30 @@ def seed(request) -> int:
     torch.manual_seed(seed)
     print(f"the same inputs again: pytest --seed={seed}")
     return seed
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    """command(module, *arguments) → status, stdout and stderr of a script run here, in an empty folder.
+
+    A command of its own takes several seconds to import PyTorch and all else, so that few tests start one.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # both set back after the test
+    precision = torch.get_float32_matmul_precision()
+
+    def call(script: ModuleType, *arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+        status = 0
+        capfd.readouterr()
+        try:
+            run_script(script.main)
+        except SystemExit as ended:
+            status = ended.code or 0
+        return Ended(status, *capfd.readouterr())
+
+    yield call
+    torch.set_float32_matmul_precision(precision)
 
 
 @pytest.fixture

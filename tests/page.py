@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import socket
@@ -32,17 +31,20 @@ class Page:
     def __init__(self, model: Path, data_dir: Path, folder: Path):
         from selenium import webdriver
         from selenium.webdriver.chrome.service import Service
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.server = subprocess.Popen(
-            [sys.executable, ROOT / "demo_mamba.py", "--serve", "--no-show", "--device", "cpu",
-             "--port", str(port), "--checkpoint", model, "--data-dir", data_dir,
-             "--runs-dir", folder / "runs"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ,
-            # A shell makes what it starts in the background deaf to Ctrl-C, and the tests may be in there.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        self.printed = self.server.stdout.readline()
+        while True:  # another program may take the port between our look and the server's
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            self.server = subprocess.Popen(
+                [sys.executable, ROOT / "demo_mamba.py", "--serve", "--no-show", "--device", "cpu",
+                 "--port", str(port), "--checkpoint", model, "--data-dir", data_dir,
+                 "--runs-dir", folder / "runs"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                # A shell makes what it starts in the background deaf to Ctrl-C, and we may be in there.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+            self.printed = self.server.stdout.readline()
+            if "cannot be used" not in self.printed:
+                break
+            self.server.communicate()
         assert f"http://127.0.0.1:{port}" in self.printed
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
@@ -55,7 +57,7 @@ class Page:
         self.driver.get(f"http://127.0.0.1:{port}")
         self.wait(lambda: self.driver.find_elements("id", "canvas"))
 
-    def wait(self, condition, seconds: float = 20):
+    def wait(self, condition, seconds: float = 120):
         """Ask `condition` until it is true; returns what it gave."""
         end = time.monotonic() + seconds
         while not (found := condition()):
@@ -106,6 +108,6 @@ class Page:
         """What the server printed after a Ctrl-C."""
         self.driver.quit()
         self.server.send_signal(signal.SIGINT)
-        printed, _ = self.server.communicate(timeout=30)
+        printed, _ = self.server.communicate(timeout=120)
         assert self.server.returncode == 0
         return printed

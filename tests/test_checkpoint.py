@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import checkpoint
@@ -245,7 +245,7 @@ def sealed(content: bytes, number: int = checkpoint.FORMAT) -> bytes:
     return content + hashlib.sha256(content).hexdigest().encode() + b"\n"
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(content=st.binary(max_size=400), seal=st.booleans())
 @example(content=b"", seal=True)
 @example(content=pickle.dumps({"format": 2}), seal=True)
@@ -256,7 +256,7 @@ def test_any_bytes_are_refused_in_one_line(content, seal, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(damage=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.binary(min_size=1, max_size=8)),
                        min_size=1, max_size=4), cut=st.floats(0.5, 1))
 def test_a_checkpoint_changed_by_someone_who_mends_its_checksum_does_no_harm(damage, cut, tmp_path):

@@ -5,15 +5,17 @@ in a process of its own (`test_in_tritons_interpreter`).
 """
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
 import torch
 
-from mamba_ssm_simple import MambaBlock, SelectiveScan
+from mamba_ssm_simple import MambaBlock, SelectiveScan, drop_path
 from selective_scan import (
     available_implementations,
     causal_conv_silu_plain,
@@ -23,7 +25,7 @@ from selective_scan import (
 
 TOLERANCE = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-2, 2e-2), torch.float16: (2e-3, 4e-3)}
 NAMES = ("out", "last_state", "u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-SHAPES = [(2, 1, 3, 1), (1, 2, 5, 3), (2, 7, 37, 16), (1, 13, 5, 64), (1, 131, 3, 5)]  # the last in segments
+SHAPES = [(2, 1, 3, 1), (1, 2, 5, 3), (2, 7, 37, 16), (1, 19, 20, 64), (1, 131, 3, 5)]  # the last in segments
 if torch.cuda.is_available():  # too much for the interpreter
     SHAPES += [(1, 37, 20, 64), (3, 28, 300, 16), (3, 196, 300, 16), (2, 300, 100, 16), (2, 2049, 100, 16),
                (1, 16384, 40, 16)]
@@ -39,11 +41,17 @@ runs_here = pytest.mark.skipif("triton" not in available_implementations("cuda" 
                     reason="the kernels run in this process")
 def test_in_tritons_interpreter():
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-                          timeout=500)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    halves = "causal_conv or mixer or optional", "not (causal_conv or mixer or optional)"
+
+    def run(which: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", which, __file__]
+        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True,
+                              text=True, timeout=1000)
+
+    with ThreadPoolExecutor(2) as pool:  # the interpreter is for one core
+        for done in pool.map(run, halves):
+            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+            assert " passed" in done.stdout
 
 
 def make(shape, dtype, device):
@@ -85,8 +93,9 @@ def test_output_and_every_gradient(shape, dtype, seed, device):
     right = results("reference" if l < 1000 else "portable", [tensor.double() for tensor in tensors], weights)
     got = results("triton", tensors, weights)
     assert_close(got, right, dtype)
-    again = results("triton", tensors, weights)
-    assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
+    if torch.cuda.is_available():  # the interpreter does one thing after the other
+        again = results("triton", tensors, weights)
+        assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), "two runs differ"
 
 
 @runs_here
@@ -115,7 +124,8 @@ def test_slices_of_a_projection_are_read_where_they_lie(seed, device):
 
 @runs_here
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (2, 37, 140, 4), (2, 7, 20, 3), (1, 2, 5, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (2, 37, 20, 4), (1, 5, 300, 4), (2, 7, 20, 3), (1, 2, 5, 1)],
+                         ids=str)
 def test_causal_conv(shape, dtype, seed, device):
     b, l, e, taps = shape
     x = torch.randn(b, l, 2 * e, device=device).to(dtype)[..., e:]
@@ -170,7 +180,7 @@ def distance(a, b):
 
 @runs_here
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(2, 37, 20, 4), (1, 5, 24, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 37, 20, 4), (2, 5, 24, 16)], ids=str)
 def test_the_mixer_in_one_is_the_mixer_line_by_line(shape, dtype, seed, device):
     b, l, d, n = shape
     module = SelectiveScan(d, n).to(device)
@@ -203,12 +213,17 @@ def test_matrices_are_cast_and_found_again(seed, device):
 @pytest.mark.parametrize("scan", ["row", "cross"])
 def test_a_dropped_path_leaves_an_image_as_it_was(scan, seed, device):
     module = MambaBlock(20, scan, 1, d_state=4, drop_path=0.5).to(device)
-    x = torch.randn(8, 2, 1, 20, device=device)
+    x = torch.randn(5, 1, 2, 20, device=device)
     whole = module.eval().fused(x.requires_grad_()) - x
-    torch.manual_seed(0)  # which images go past the block must not be all of them, by chance, or none
+
+    def kept_by(number: int) -> torch.Tensor:
+        torch.manual_seed(number)
+        return drop_path(torch.ones(5, device=device), 0.5, training=True) > 0
+
+    torch.manual_seed(next(number for number in itertools.count(seed) if 0 < kept_by(number).sum() < 5))
     y = module.train().fused(x) - x
     kept = y.flatten(1).abs().amax(1) > 0
-    assert 0 < kept.sum() < 8
+    assert 0 < kept.sum() < 5
     torch.testing.assert_close(y[kept], 2 * whole[kept], rtol=1e-4, atol=1e-5)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(gradient[~kept], torch.zeros_like(gradient[~kept]))

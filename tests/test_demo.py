@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image, ImageDraw
 import augment
 import checkpoint
 import data
+import demo_mamba
 import evaluate
 from baselines import ARCHITECTURES, VisionLSTM, matched_config
 from demo_mamba import parse_arguments, picture_names
@@ -50,19 +52,23 @@ def place(tmp_path) -> Path:
     return tmp_path
 
 
-def demo(place: Path, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "demo_mamba.py", "--device", "cpu", *map(str, arguments)],
-                          cwd=place, input=stdin, capture_output=True, encoding="utf-8", timeout=120,
-                          env={"PATH": "", "PYTHONIOENCODING": "utf-8", "HOME": str(place)})
+@pytest.fixture
+def demo(place, command, monkeypatch):
+    """Runs the demo in `place` and in this process: demo(*arguments) → status, stdout, stderr."""
+    monkeypatch.setattr(evaluate, "SECONDS", 0.01)  # how fast it is is measured, and not what is tested
+    return functools.partial(command, demo_mamba, "--device", "cpu")
 
 
-def refused(place: Path, *arguments: object) -> str:
-    """The one line on stderr of a demo that must fail and write nothing."""
-    done = demo(place, *arguments)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
-    assert not (place / "runs").exists()
-    return done.stderr
+@pytest.fixture
+def refused(place, demo):
+    """refused(*arguments) → the one line on stderr of a demo that must fail and write nothing."""
+    def call(*arguments: object) -> str:
+        done = demo(*arguments)
+        assert done.status == 2
+        assert done.err.count("\n") == 1 and done.err.startswith("error: ")
+        assert not (place / "runs").exists()
+        return done.err
+    return call
 
 
 def seven(mode: str = "L", size: tuple[int, int] = (300, 200), paper=255, ink=0) -> Image.Image:
@@ -165,15 +171,15 @@ def test_names_of_charts_never_collide():
 # ---- the commands
 
 
-def test_the_test_set_is_evaluated_measured_and_written(place):
-    done = demo(place)
-    assert done.returncode == 0 and done.stderr == ""
+def test_the_test_set_is_evaluated_measured_and_written(place, demo):
+    done = demo()
+    assert (done.status, done.err) == (0, "")
     folder = place / "runs" / "tiny" / "demo"
     assert {path.name for path in folder.iterdir()} == WRITTEN
-    assert all(name in done.stdout for name in WRITTEN)
+    assert all(name in done.out for name in WRITTEN)
 
     report = json.loads((folder / "report.json").read_text())
-    assert done.stdout.startswith(f"test accuracy {100 * report['test']['accuracy']:.2f}%")
+    assert done.out.startswith(f"test accuracy {100 * report['test']['accuracy']:.2f}%")
     assert report["test"]["images"] == 360 and set(report["classes"]) == set("0123456789")
     assert sum(scores["images"] for scores in report["classes"].values()) == 360
     assert all(0 <= scores[key] <= 1 for scores in report["classes"].values()
@@ -187,15 +193,15 @@ def test_the_test_set_is_evaluated_measured_and_written(place):
     assert f"{costs['parameters']:,}" in text and "not counted" in text
 
 
-def test_runs_are_compared_side_by_side(place):
+def test_runs_are_compared_side_by_side(place, demo):
     for name in ("lstm", "transformer"):
         config = matched_config(name, CONFIG)
         checkpoint.save(place / "checkpoints" / f"{name}.pt", contents(
             architecture=name, config=config, model=ARCHITECTURES[name](**config).state_dict(),
             settings={"run_name": name}))
-    done = demo(place, "--compare", "tiny", "checkpoints/lstm.pt", "transformer")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.split()[:3] == ["tiny", "lstm", "transformer"]
+    done = demo("--compare", "tiny", "checkpoints/lstm.pt", "transformer")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.split()[:3] == ["tiny", "lstm", "transformer"]
     folder = place / "runs" / "comparison"
     assert {path.name for path in folder.iterdir()} == {"comparison.png", "comparison.json"}
     models = json.loads((folder / "comparison.json").read_text())["models"]
@@ -204,44 +210,48 @@ def test_runs_are_compared_side_by_side(place):
                for model in models)
 
 
-def test_comparing_what_cannot_be_compared_is_one_line(place):
+def test_comparing_what_cannot_be_compared_is_one_line(place, refused):
     checkpoint.save(place / "checkpoints" / "other.pt", contents(dataset={
         "name": "mnist", "classes": list("0123456789"), "mean": [0.1], "std": [0.3]}))
-    assert "two runs or more" in refused(place, "--compare", "tiny")
-    assert "compare runs of one dataset" in refused(place, "--compare", "tiny", "other")
-    assert "no checkpoint at" in refused(place, "--compare", "tiny", "nothing")
+    assert "two runs or more" in refused("--compare", "tiny")
+    assert "compare runs of one dataset" in refused("--compare", "tiny", "other")
+    assert "no checkpoint at" in refused("--compare", "tiny", "nothing")
 
 
-def test_explain_and_report_write_what_they_promise(place):
-    done = demo(place, "--explain")
-    assert done.returncode == 0 and done.stderr == ""
+def test_explain_and_report_write_what_they_promise(place, demo):
+    done = demo("--explain")
+    assert (done.status, done.err) == (0, "")
     folder = place / "runs" / "tiny"
     explained = {"delta.png", "memory.png", "memory_reach.png", "state.gif"}
     assert {path.name for path in (folder / "demo").iterdir()} == explained
-    done = demo(place, "--report")
-    assert done.returncode == 0 and done.stderr == ""
+    done = demo("--report")
+    assert (done.status, done.err) == (0, "")
     assert {path.name for path in (folder / "demo").iterdir()} == WRITTEN | explained
     page = (folder / "report.html").read_text(encoding="utf-8")
     pictures = [name for name in WRITTEN | explained if name.endswith((".png", ".gif"))]
     assert page.count("<img ") == page.count("src='data:image/") == len(pictures)
-    assert "http" not in page and done.stdout.splitlines()[0].split()[2] in page  # the accuracy
+    assert "http" not in page and done.out.splitlines()[0].split()[2] in page  # the accuracy
 
 
-def test_a_model_without_a_scan_is_tested_and_not_explained(place):
+def test_a_model_without_a_scan_is_tested_and_not_explained(place, demo, refused):
     config = {key: value for key, value in CONFIG.items() if key != "d_state"}
     checkpoint.save(place / "checkpoints" / "tiny.pt", contents(
         architecture="lstm", config=config, model=VisionLSTM(**config).state_dict()))
-    assert "--explain needs a mamba model, but" in refused(place, "--explain")
-    done = demo(place)
-    assert done.returncode == 0 and done.stderr == ""
+    assert "--explain needs a mamba model, but" in refused("--explain")
+    done = demo()
+    assert (done.status, done.err) == (0, "")
     assert not (place / "runs" / "tiny" / "demo" / "delta.png").exists()
 
 
 def test_own_pictures_and_the_prompt(place):
+    """By the command itself, in an environment where hardly anything is set."""
     saved(seven(), place / "seven.png")
     asked = "5\n\n-1\n360\nnowhere.png\nseven.png\nq\n7\n"
-    done = demo(place, "--image", "seven.png", "seven.png", "--interactive", stdin=asked)
-    assert done.returncode == 0 and done.stderr == ""
+    done = subprocess.run([sys.executable, ROOT / "demo_mamba.py", "--device", "cpu", "--image", "seven.png",
+                           "seven.png", "--interactive"],
+                          cwd=place, input=asked, capture_output=True, encoding="utf-8", timeout=300,
+                          env={"PATH": "", "PYTHONIOENCODING": "utf-8", "HOME": str(place)})
+    assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("seven.png: ") == 2
     names = {path.name for path in (place / "runs" / "tiny" / "demo").iterdir()}
     assert names == {"image-seven.png", "image-seven-2.png"}
@@ -269,14 +279,14 @@ def test_help_names_every_flag_and_its_default(monkeypatch, capsys):
     assert text.count("(default:") >= 8
 
 
-def test_mistakes_of_the_user_cost_one_line_and_write_nothing(place):
+def test_mistakes_of_the_user_cost_one_line_and_write_nothing(place, refused):
     saved(seven(), place / "seven.png")
     (place / "note.png").write_text("no picture")
-    assert "note.png cannot be read" in refused(place, "--image", "seven.png", "note.png")
-    assert "--port" in refused(place, "--serve", "--port", "70000")
-    assert "does not end in .onnx" in refused(place, "--export", "model.pt")
+    assert "note.png cannot be read" in refused("--image", "seven.png", "note.png")
+    assert "--port" in refused("--serve", "--port", "70000")
+    assert "does not end in .onnx" in refused("--export", "model.pt")
     (place / "checkpoints" / "tiny.pt").write_bytes(b"damaged")
-    assert "is not a checkpoint" in refused(place)
+    assert "is not a checkpoint" in refused()
 
 
 # ---- evaluate.py

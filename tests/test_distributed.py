@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,8 +21,10 @@ from torch import nn
 
 import checkpoint
 import distributed
+from tests.commands import patched
 
 ROOT = Path(__file__).parent.parent
+SOON = 120  # seconds; a process that waits for one that has gone would do so for distributed.PATIENCE
 # 1,101 images in batches of 50: the last batch is one image, for two processes.
 SMALL = shlex.split("--dataset digits --epochs 2 --batch-size 50 --lr 1e-2 --d-model 32 --num-blocks 2 "
                     "--d-state 4 --device cpu --limit-train 1101 --run-name run")
@@ -32,27 +33,38 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or os.name == "nt",
                                 reason="needs gloo and POSIX signals")
 
 
-def command(processes: int, *arguments: object) -> list[str]:
+def command(processes: int, *arguments: object, script: Path = ROOT / "train_mamba.py") -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else ()), str(ROOT / "train_mamba.py"),
-            *map(str, arguments)]
+    return [sys.executable, *(launcher if processes > 1 else ()), str(script), *map(str, arguments)]
 
 
-def train(place: Path, processes: int, *arguments: object) -> str:
-    place.mkdir(exist_ok=True)
-    done = subprocess.run(command(processes, *arguments), cwd=place, capture_output=True, encoding="utf-8",
-                          timeout=300)
+def train(place: Path, processes: int, *arguments: object, code: str = "") -> str:
+    """What a run prints that may warn of nothing; `code` is done before it."""
+    started = command(processes, *arguments, **({"script": patched(place, code)} if code else {}))
+    done = subprocess.run(started, cwd=place, capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr.replace("OMP_NUM_THREADS", "")
     return done.stdout
 
 
+# No pictures for TensorBoard, which take longer than runs as short as these, nor the import of what draws.
+UNDRAWN = """
+import types
+
+for name in ("figures", "scan_figures"):
+    sys.modules[name] = types.ModuleType(name)
+from run_log import RunLog
+
+RunLog.draws = lambda *_, **__: False
+"""
+
+
 @pytest.fixture
 def running(tmp_path) -> Iterator[subprocess.Popen]:
     """A run of two processes that has finished an epoch, in a process group of its own."""
-    process = subprocess.Popen(command(2, *SMALL, "--epochs", 100, "--checkpoint-every", 5), cwd=tmp_path,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                               start_new_session=True)
+    started = command(2, *SMALL, "--epochs", 100, "--checkpoint-every", 5, script=patched(tmp_path, UNDRAWN))
+    process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               encoding="utf-8", start_new_session=True)
     while not (line := process.stdout.readline()).startswith("epoch"):
         assert line, process.stderr.read()
     yield process
@@ -65,7 +77,7 @@ def running(tmp_path) -> Iterator[subprocess.Popen]:
 def one(tmp_path_factory) -> Path:
     """A run of one process."""
     place = tmp_path_factory.mktemp("one")
-    train(place, 1, *SMALL)
+    train(place, 1, *SMALL, code=UNDRAWN)
     return place
 
 
@@ -105,20 +117,35 @@ def test_two_processes_train_as_one(one, tmp_path):
     assert len(list((tmp_path / "runs" / "run").glob("events*"))) == 2, "one writer; the second is of HParams"
 
 
+# Says that the checkpoint of step 30 is written, and trains no further.
+HELD = """
+import time
+import checkpoint
+
+save = checkpoint.save
+
+def held(path, contents, **options):
+    save(path, contents, **options)
+    if contents.get("step") == 30:
+        print("saved", flush=True)
+        time.sleep(600)
+
+checkpoint.save = held
+"""
+
+
 @pytest.mark.parametrize(("first", "then"), [pytest.param(2, 1, marks=pytest.mark.full), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_processes(first, then, one, tmp_path):
     """Killed after the checkpoint at step 30, of 46."""
-    process = subprocess.Popen(command(first, *SMALL, "--checkpoint-every", 30), cwd=tmp_path,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    path = tmp_path / "checkpoints" / "run.last.pt"
-    while not path.exists() or checkpoint.load_good(path)["step"] < 30:
-        assert process.poll() is None
-        time.sleep(0.01)
+    started = command(first, *SMALL, "--checkpoint-every", 30, script=patched(tmp_path, UNDRAWN + HELD))
+    process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               encoding="utf-8", start_new_session=True)
+    while (line := process.stdout.readline()) != "saved\n":
+        assert line, "it ended before"
     os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    step = checkpoint.load_good(path)["step"]
-    train(tmp_path, then, "--resume")
-    assert step >= 30
+    process.communicate()
+    assert checkpoint.load_good(tmp_path / "checkpoints" / "run.last.pt")["step"] == 30
+    train(tmp_path, then, "--resume", code=UNDRAWN)
     ours, theirs = dict(curve(tmp_path)), dict(curve(one))
     assert set(ours) == set(theirs) | {30}
     assert all(ours[step] == pytest.approx(theirs[step], rel=1e-4) for step in theirs)
@@ -127,18 +154,25 @@ def test_a_run_goes_on_with_another_number_of_processes(first, then, one, tmp_pa
 
 @pytest.mark.parametrize("whole_group", [True, False], ids=["Ctrl-C in a terminal", "SIGINT to torchrun"])
 def test_ctrl_c_saves_and_ends_all(whole_group, running, tmp_path):
-    began = time.monotonic()
     if whole_group:
         os.killpg(running.pid, signal.SIGINT)
     else:
         running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=30)
-    assert time.monotonic() - began < 30 and running.returncode != 0
+    out, err = running.communicate(timeout=SOON)
+    assert running.returncode != 0
     assert err.count("stopping as soon as the state can be saved\n") == 1
     assert out.count("go on with: python train_mamba.py --resume checkpoints/run.last.pt") == 1
     assert checkpoint.load(tmp_path / "checkpoints" / "run.last.pt")["step"] >= 23
+    assert_gone(running.pid)
+
+
+def assert_gone(group: int) -> None:
+    """No process of the group is left; one may have closed its output a moment before it ends."""
+    end = time.monotonic() + SOON
     with pytest.raises(ProcessLookupError):
-        os.killpg(running.pid, 0)
+        while time.monotonic() < end:
+            os.killpg(group, 0)
+            time.sleep(0.05)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -146,10 +180,9 @@ def test_a_dying_process_ends_the_others_with_a_line(victim, running, tmp_path):
     workers = [int(path.name) for path in Path("/proc").glob("[0-9]*") if parent(path) == running.pid]
     if len(workers) != 2:
         pytest.skip("needs /proc")
-    began = time.monotonic()
     os.kill(sorted(workers)[victim], signal.SIGKILL)
-    _, err = running.communicate(timeout=30)
-    assert time.monotonic() - began < 30 and running.returncode != 0
+    _, err = running.communicate(timeout=SOON)
+    assert running.returncode != 0
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "--resume" in lines[0] and "another" in lines[0]
     assert "train_mamba.py\", line" not in err
@@ -171,7 +204,7 @@ def parent(process: Path) -> int | None:
 def test_a_wrong_command_is_one_line_for_all_processes(arguments, says, tmp_path):
     (tmp_path / "file").write_text("")
     done = subprocess.run(command(2, *SMALL, *arguments), cwd=tmp_path, capture_output=True, encoding="utf-8",
-                          timeout=60)
+                          timeout=SOON)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and done.stdout == ""
     assert says in lines[0] and not any("unrecognized" in line for line in lines)
@@ -184,7 +217,8 @@ def test_a_wrong_command_is_one_line_for_all_processes(arguments, says, tmp_path
 
 def alone(rank: int, size: int, port: int, images: torch.Tensor, weights: torch.Tensor) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     torch.set_num_threads(1)
     with distributed.processes():
         check_batch_norm(images, weights)
@@ -242,10 +276,9 @@ def check_pieces() -> None:
 
 def test_pieces_in_three_processes(seed):
     images = 5 + 3 * torch.randn(7, 3, 4, 5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(alone, (3, port, images, torch.randn_like(images)), nprocs=3)
+    # Ours, as torchrun has one: it keeps the port that it is given, which nobody else can take.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torch.multiprocessing.spawn(alone, (3, store.port, images, torch.randn_like(images)), nprocs=3)
 
 
 def test_one_process_is_left_alone():

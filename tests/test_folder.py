@@ -7,8 +7,8 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -23,9 +23,10 @@ import evaluate
 import folder
 import train_mamba
 import training
-from errors import UserError, run_script
+from errors import UserError
 from picture_file import open_picture, read_rgb
 from streaming import PictureFiles
+from tests.commands import Ended
 from trained import TrainedModel
 
 ROOT = Path(__file__).parent.parent
@@ -299,28 +300,16 @@ def digit_pictures(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
+def run(command, monkeypatch):
     """Runs a script in this process: run(place, module, *arguments) → status, stdout, stderr."""
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # set back after the test
-    precision = torch.get_float32_matmul_precision()
-
-    def call(place: Path, module, *arguments: object) -> tuple[int, str, str]:
+    def call(place: Path, module: ModuleType, *arguments: object) -> Ended:
         monkeypatch.chdir(place)
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments), "--device", "cpu"])
-        capfd.readouterr()
-        try:
-            run_script(module.main)
-            status = 0
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capfd.readouterr()
-
-    yield call
-    torch.set_float32_matmul_precision(precision)
+        return command(module, *arguments, "--device", "cpu")
+    return call
 
 
 RUN = ("--dataset", "folder", "--data-dir", "digits", "--image-size", "16", "--patch-size",
-       "2", "--d-model", "32", "--num-blocks", "4", "--d-state", "4", "--lr", "6e-3", "--batch-size", "32",
+       "4", "--d-model", "32", "--num-blocks", "4", "--d-state", "4", "--lr", "6e-3", "--batch-size", "32",
        "--run-name", "digits")
 
 

@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +24,7 @@ from mamba_ssm_simple import (
     to_sequence,
 )
 from selective_scan import available_implementations, run_implementation
-
-ROOT = Path(__file__).parent.parent
+from tests.commands import patched
 
 pytestmark = pytest.mark.usefixtures("seed")
 
@@ -319,7 +317,8 @@ def test_an_unknown_scan(scan):
 
 
 def test_self_check_names_every_implementation(tmp_path):
-    result = subprocess.run([sys.executable, ROOT / "mamba_ssm_simple.py"], cwd=tmp_path, timeout=300,
+    script = patched(tmp_path, "import self_check; self_check.REPEATS = 1", "mamba_ssm_simple.py")
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, timeout=300,
                             capture_output=True, text=True, encoding="utf-8",
                             env={**os.environ, "PYTHONIOENCODING": "utf-8"}, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -334,6 +333,7 @@ def test_self_check_fails_where_an_implementation_is_wrong(monkeypatch, capsys):
         return run_implementation(name, *args, **kwargs) * (1.001 if name == "portable" else 1)
 
     monkeypatch.setattr(self_check, "run_implementation", wrong)
+    monkeypatch.setattr(self_check, "REPEATS", 1)
     assert self_check.main() == 1
     assert "FAIL" in capsys.readouterr().out
 

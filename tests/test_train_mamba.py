@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -11,9 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,13 +21,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import captured
 import checkpoint
 import data
+import demo_mamba
 import evaluate
 import explain
 import mnist
 import train_mamba
-from errors import run_script
 from mamba_ssm_simple import VisionMamba2
 from run_log import RunLog
+from tests.commands import Ended, patched
 from training import Training, accuracy
 
 ROOT = Path(__file__).parent.parent
@@ -39,31 +39,16 @@ IMAGES = 1200
 SPEED = {"seconds", "evaluation_seconds", "images_per_second"}
 
 
-class Ended(NamedTuple):
-    status: int
-    out: str
-    err: str
+@pytest.fixture
+def train(command):
+    """Runs the script in this process and in an empty folder: train(*arguments) → status, stdout, stderr."""
+    return functools.partial(command, train_mamba)
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch, capfd):
-    """Runs the script in this process and in an empty folder: train(*arguments) → status, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # both set back after the test
-    precision = torch.get_float32_matmul_precision()
-
-    def call(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["train_mamba.py", *map(str, arguments)])
-        status = 0
-        capfd.readouterr()
-        try:
-            run_script(train_mamba.main)
-        except SystemExit as ended:
-            status = ended.code or 0
-        return Ended(status, *capfd.readouterr())
-
-    yield call
-    torch.set_float32_matmul_precision(precision)
+def undrawn(monkeypatch) -> None:
+    """No pictures for TensorBoard, which take longer than runs as short as these."""
+    monkeypatch.setattr(RunLog, "draws", lambda *_, **__: False)
 
 
 def script(name: str, *arguments: object) -> list[str]:
@@ -199,12 +184,13 @@ def test_recording_deltas_changes_nothing():
     assert len(scans) == 2
 
 
-def test_the_demo_shows_it(whole):
-    done = subprocess.run(script("demo_mamba.py", "--device", "cpu"), cwd=whole, capture_output=True,
-                          encoding="utf-8", timeout=300, env={**os.environ, "PYTHONIOENCODING": "utf-8"})
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_demo_shows_it(whole, command, monkeypatch):
+    monkeypatch.chdir(whole)
+    monkeypatch.setattr(evaluate, "SECONDS", 0.01)
+    done = command(demo_mamba, "--device", "cpu")
+    assert (done.status, done.err) == (0, "")
     best = max(read_metrics(whole), key=lambda metrics: metrics["val_accuracy"])
-    assert done.stdout.startswith(f"test accuracy {100 * best['test_accuracy']:.2f}%")
+    assert done.out.startswith(f"test accuracy {100 * best['test_accuracy']:.2f}%")
     report = json.loads((whole / "runs" / "run" / "demo" / "report.json").read_text())
     assert report["test"]["accuracy"] == pytest.approx(best["test_accuracy"])
 
@@ -214,6 +200,7 @@ def test_the_same_seed_gives_the_same_weights(train, tmp_path, whole):
     assert_same_run(tmp_path, whole)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_seed_gives_others(train, tmp_path):
     few = [*SMALL, "--epochs", 1, "--limit-train", 64, "--run-name"]
     assert train(*few, "a").status == train(*few, "b", "--seed", 1).status == 0
@@ -221,15 +208,21 @@ def test_another_seed_gives_others(train, tmp_path):
     assert not torch.equal(a["head.weight"], b["head.weight"])
 
 
+DRAWN = [  # those whose pictures for TensorBoard are of a kind of their own
+    ["--model", "lstm", "--bidirectional"], ["--scan", "row", "--bidirectional"],
+    ["--scan", "raster", "--patch-size", "1", "--permute-seed", "3"],
+    ["--patch-size", "4", "--d-model", "2"]]
+
+
 @pytest.mark.parametrize("options", [
-    ["--model", "lstm", "--bidirectional"], ["--model", "transformer"], ["--scan", "row", "--bidirectional"],
-    ["--amp", "bf16"],
-    ["--scan", "raster", "--patch-size", "1", "--permute-seed", "3"], ["--amp", "fp16", "--ema", "0.9"],
+    *DRAWN, ["--model", "transformer"], ["--amp", "bf16"], ["--amp", "fp16", "--ema", "0.9"],
     ["--augment", "elastic", "--augment-strength", "1.5", "--erase", "0.5", "--drop-path", "0.3"],
     ["--warm-up", "0", "--augment", "affine", "--no-augment"],
-    ["--batch-size", "1000", "--no-augment"], ["--limit-train", "1"], ["--patch-size", "4", "--d-model", "2"],
+    ["--batch-size", "1000", "--no-augment"], ["--limit-train", "1"],
 ], ids=" ".join)
-def test_every_kind_of_run_trains(options, train, tmp_path):
+def test_every_kind_of_run_trains(options, train, tmp_path, request):
+    if options not in DRAWN:
+        request.getfixturevalue("undrawn")
     done = train(*SMALL, "--epochs", 1, "--limit-train", 65, "--run-name", "run", *options)
     assert (done.status, done.err) == (0, "")
     assert all(math.isfinite(value) for value in read_metrics(tmp_path)[0].values())
@@ -238,11 +231,26 @@ def test_every_kind_of_run_trains(options, train, tmp_path):
 # ---- Stopping and going on
 
 
+# Step 20 waits for the end of stdin, so that the epoch is not over before the Ctrl-C comes.
+HELD = """
+from training import Training
+
+step = Training.train_step
+
+def held(training, *batch):
+    if training.step == 20:
+        sys.stdin.read()
+    return step(training, *batch)
+
+Training.train_step = held
+"""
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a process")
 def test_ctrl_c_and_resume_as_a_user_does_it(whole, tmp_path):
-    command = script("train_mamba.py", *SMALL, "--run-name", "run")
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          encoding="utf-8") as process:
+    command = [sys.executable, patched(tmp_path, HELD), *SMALL, "--run-name", "run"]
+    with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, encoding="utf-8") as process:
         head = process.stdout.readline()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=300)
@@ -283,6 +291,7 @@ def interrupt_evaluation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(evaluate, "predict", interrupted)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("interrupt", "line", "steps"), [
     pytest.param(lambda patch: interrupt_step(patch, STEPS + 7), "stopped in epoch 2", STEPS + 7,
                  id="mid-epoch"),
@@ -313,6 +322,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(interrupt, line, steps
     assert {step for _, step in ours.keys() - theirs.keys()} <= {steps}, "where it stopped may be logged, too"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_stopped_run_goes_on_where_its_checkpoint_lies_and_counts_its_seconds(train, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         interrupt_step(patch, 3)
@@ -329,6 +339,7 @@ def test_a_stopped_run_goes_on_where_its_checkpoint_lies_and_counts_its_seconds(
     assert metrics["seconds"] > 1000 and metrics["images_per_second"] < 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_in_the_last_evaluation_changes_nothing(train, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         interrupt_evaluation(patch)
@@ -346,6 +357,7 @@ AVERAGED = ["--epochs", 3, "--limit-train", 200, "--train-on-all", "--ema", 0.9,
             "--drop-path", 0.2]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_average_is_resumed_to_the_bit_and_the_test_set_waits_for_the_last_epoch(train, tmp_path):
     assert train(*SMALL, *AVERAGED, "--run-name", "whole").status == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -492,12 +504,6 @@ def test_a_wrong_command_is_one_line_and_writes_nothing(arguments, says, train, 
                    train(*shlex.split(arguments)), says, tmp_path, before)
 
 
-def test_a_wrong_command_is_one_line_in_a_shell_too(tmp_path):
-    done = subprocess.run(script("train_mamba.py", "--epochs", 0), cwd=tmp_path, capture_output=True,
-                          encoding="utf-8", timeout=300)
-    assert_refused(Ended(done.returncode, done.stdout, done.stderr), "--epochs", tmp_path, {})
-
-
 @pytest.mark.parametrize("there", ["runs/run", "checkpoints/run.pt", "checkpoints/run.last.pt",
                                    "checkpoints/run.last.pt.previous"])
 def test_nothing_of_another_run_is_overwritten(there, train, tmp_path):
@@ -531,6 +537,7 @@ def test_a_state_that_does_not_fit_is_refused(train, whole, tmp_path):
     assert_refused(train("--resume"), "does not fit", tmp_path, before)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(train):
     done = train(*SMALL, "--lr", 1e30, "--warm-up", 0, "--run-name", "run")
     assert done.status == 2 and done.err.startswith("error: the loss is ") and done.err.count("\n") == 1

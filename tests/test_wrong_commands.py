@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import os
 import pickle
+import runpy
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -287,21 +288,44 @@ def test_one_line_and_nothing_written(script, arguments, says, place, monkeypatc
     assert snapshot(place, ROOT / "results") == before
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+SHELLED = ("train", "demo", "check", "accuracy", "spoken")  # some of each folder, as imports take seconds
+
+
+def script_path(script: str) -> Path:
+    return ROOT / (SCRIPTS[script].replace(".", os.sep) + ".py")
+
+
+@pytest.mark.parametrize("script", SHELLED)
 def test_in_a_shell_too(script, tmp_path):
-    """With every script, as a user does it: a flag that there is not."""
-    path = ROOT / (SCRIPTS[script].replace(".", os.sep) + ".py")
-    done = subprocess.run([sys.executable, path, "--winds"], cwd=tmp_path, capture_output=True,
-                          encoding="utf-8", timeout=120)
+    """As a user does it: a flag that there is not."""
+    done = subprocess.run([sys.executable, script_path(script), "--winds"], cwd=tmp_path, capture_output=True,
+                          encoding="utf-8", timeout=300)
+    assert_refused(done.returncode, done.stdout, done.stderr, "--winds")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in SHELLED])
+def test_as_a_script_too(script, tmp_path, monkeypatch, capfd):
+    """The others within this process, begun as Python begins a script: they find the repository's modules."""
+    path = script_path(script)
+    elsewhere = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # set back after the test
+    monkeypatch.setattr(sys, "path", [str(path.parent), *elsewhere])
+    monkeypatch.setattr(sys, "argv", [str(path), "--winds"])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(path), run_name="__main__")
     says = "--winds" if script != "tune" else "--grid"  # the first of two mistakes
-    assert_refused(done.returncode, done.stdout, done.stderr, says)
+    assert_refused(ended.value.code, *capfd.readouterr(), says)
+    assert str(ROOT) in sys.path
     assert list(tmp_path.iterdir()) == []
 
 
 # ---- Readers, with whatever bytes there may be
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=500)
 @given(head=st.sampled_from([b"", b"\0\0\x08", b"\0\0\x08\1", b"\0\0\x08\3", b"\0\0\x0d\1", b"\0\0\x08\xff"]),
        sizes=st.lists(st.sampled_from([0, 1, 2, 3, 2**16, 2**31, 2**32 - 1]), max_size=4),
        rest=st.binary(max_size=40))
@@ -321,7 +345,7 @@ def test_any_bytes_are_an_idx_file_or_refused_in_one_line(head, sizes, rest, tmp
         assert header + array.tobytes() == content
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=20))
 def test_run_names_are_one_part_of_a_path(name):
     if checkpoint.is_run_name(name):
