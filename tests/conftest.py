@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from errors import run_script
+from run_log import RunLog
 from tests.commands import Ended
 
 # Hypothesis would fail a test whose examples are drawn slowly, and a busy machine draws slowly. A folder that
@@ -80,6 +81,12 @@ def command(tmp_path, monkeypatch, capfd):
 
     yield call
     torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """No pictures for TensorBoard, which take longer than runs as short as the tests'."""
+    monkeypatch.setattr(RunLog, "draws", lambda *_, **__: False)
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,11 +25,11 @@ import train_mamba
 import training
 from errors import UserError
 from picture_file import open_picture, read_rgb
+from run_log import RunLog
 from streaming import PictureFiles
 from tests.commands import Ended
 from trained import TrainedModel
 
-ROOT = Path(__file__).parent.parent
 COLOURS = {"blue": (20, 30, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
 MODES = ("L", "RGB", "RGBA", "P", "1", "LA", "CMYK", "I;16")
 DIGIT_MODES = ("L", "RGB", "RGBA", "LA", "P", "I;16")
@@ -315,12 +315,14 @@ RUN = ("--dataset", "folder", "--data-dir", "digits", "--image-size", "16", "--p
 
 @pytest.fixture(scope="module")
 def trained(digit_pictures) -> Path:
-    """A folder where a model was trained on the digits' pictures by the command itself."""
-    done = subprocess.run([sys.executable, str(ROOT / "train_mamba.py"), *RUN, "--epochs", "6", "--device",
-                           "cpu"], cwd=digit_pictures, capture_output=True, encoding="utf-8", timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("\n") == 2 and "cut.jpg cannot be read" in done.stderr
-    assert "1 of " in done.stderr
+    """A folder where a model was trained on the digits' pictures."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
+        patch.chdir(digit_pictures)
+        patch.setattr(RunLog, "draws", lambda *_, **__: False)
+        patch.setattr(sys, "argv", ["train_mamba.py", *RUN, "--epochs", "6", "--device", "cpu"])
+        train_mamba.main()
+    assert err.getvalue().count("\n") == 2 and "cut.jpg cannot be read" in err.getvalue()
+    assert "1 of " in err.getvalue()
     return digit_pictures
 
 

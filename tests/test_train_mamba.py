@@ -45,12 +45,6 @@ def train(command):
     return functools.partial(command, train_mamba)
 
 
-@pytest.fixture
-def undrawn(monkeypatch) -> None:
-    """No pictures for TensorBoard, which take longer than runs as short as these."""
-    monkeypatch.setattr(RunLog, "draws", lambda *_, **__: False)
-
-
 def script(name: str, *arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / name), *map(str, arguments)]
 

@@ -288,7 +288,7 @@ def test_one_line_and_nothing_written(script, arguments, says, place, monkeypatc
     assert snapshot(place, ROOT / "results") == before
 
 
-SHELLED = ("train", "demo", "check", "accuracy", "spoken")  # some of each folder, as imports take seconds
+SHELLED = ("train", "demo", "accuracy", "spoken")  # some of each folder, as imports take seconds
 
 
 def script_path(script: str) -> Path:
