@@ -90,7 +90,11 @@ class Plan(NamedTuple):
         return self.channels * self.lanes_e
 
     def arguments(self, n: int, backward: bool = False) -> dict:
-        """What a kernel takes of it, for n states."""
+        """What a kernel takes of it, for n states.
+
+        Layouts: STATES of a tile [n, channels]; OWN of [lanes, channels], each channel in one lane; SUMS of
+        [steps, lanes, n], summed over its middle. B and C have what SUMS leaves of itself then.
+        """
         N = max(self.lanes_n, triton.next_power_of_2(n))
         states = own = sums = None
         if not INTERPRETED:
@@ -154,7 +158,7 @@ def step_size(raw, inside, SOFTPLUS: constexpr):
 
 @jit
 def load_weights(A, D, bias, e, n, e_steps, channels, N_STATE, HAS_D: constexpr, HAS_BIAS: constexpr):
-    """A·log₂e as [n, channels], D and Δ bias as [1, channels], 0 where absent."""
+    """A·log₂e as [n, channels] of n and e; D and Δ bias as [channels] of e_steps; 0 where absent."""
     inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
     A2 = gl.load(A + e[None, :] * N_STATE + n[:, None], mask=inside, other=0.0).to(gl.float32) * LOG2_E
     D_e = (e_steps * 0).to(gl.float32)
