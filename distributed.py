@@ -33,6 +33,7 @@ from errors import UserError
 
 PATIENCE = timedelta(minutes=20)  # that long one process may fetch the dataset, say, while the others wait
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error", "NCCL", "gloo")
+THE_WORD = threading.Lock()  # whoever takes it tells, and no one else of this process, why the run ends
 Value = TypeVar("Value")
 
 
@@ -52,6 +53,8 @@ def processes() -> Iterator[None]:
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST):
             raise
+        if is_writer():  # the others wait before they tell, and SIGTERM is sooner
+            THE_WORD.acquire()
         raise UserError("another process of this run has ended, so this one ends, too; mend what it says and "
                         "go on with --resume") from error
     dist.destroy_process_group()
@@ -65,6 +68,8 @@ def tell_of_the_end() -> None:
     def wait() -> None:
         while signal.SIGTERM not in os.read(signals, 1):
             pass
+        if not THE_WORD.acquire(blocking=False):
+            return  # the main thread is about to tell, and to end
         if rank() < 2:  # one of the two is alive
             os.write(2, b"error: torchrun has ended this run, or another of its processes has died; see what "
                      b"torchrun says, mend it, and go on with --resume\n")
