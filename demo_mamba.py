@@ -176,7 +176,7 @@ def test(demo: TrainedModel, animated: bool = False) -> tuple[list[Path], dict]:
     numbers = performance_lines(costs, others)
     title = f"{demo.run_name} on {found['device']}, float32"
     performance = "\n".join([f"{title}, PyTorch {torch.__version__}", "",
-                             *(f"{name:<32}{value:>20}" for name, value in numbers), "", PERFORMANCE_NOTES])
+                             *(f"{name:<36}{value:>16}" for name, value in numbers), "", PERFORMANCE_NOTES])
 
     accuracy = f"{100 * right / len(labels):.2f}% ({right:,} of {len(labels):,} {demo.dataset_name} images)"
     width = max(12, *(len(name) + 2 for name in demo.classes))
@@ -188,7 +188,7 @@ def test(demo: TrainedModel, animated: bool = False) -> tuple[list[Path], dict]:
         *(f"{name:<{width}}{100 * row['precision']:>10.2f}{100 * row['recall']:>10.2f}"
           f"{100 * row['f1']:>10.2f}{row['images']:>10,}" for name, row in found["classes"].items()),
         "",
-        *(f"{name:<32}{value:>20}" for name, value in numbers),
+        *(f"{name:<36}{value:>16}" for name, value in numbers),
     ]
     print("\n".join(summary), flush=True)
 
