@@ -10,10 +10,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import self_check
-from baselines import VisionTransformer
+from baselines import ARCHITECTURES, VisionTransformer
 from mamba_ssm_simple import (
     DIRECTIONS,
     SCANS,
@@ -231,6 +231,22 @@ def test_any_image_size(size, patch_size, scan):
     assert logits.shape == (2, 7)
     assert logits.isfinite().all()
     assert torch.allclose(logits[:1], model(images[:1]), atol=1e-5)  # an image does not see its neighbour
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_a_deeper_stem_makes_the_same_grid_of_tokens(patch_size, architecture):
+    sizes = {"d_model": 8, "num_blocks": 1, "patch_size": patch_size}
+    models = [ARCHITECTURES[architecture](**sizes, stem_depth=depth).eval() for depth in (1, 3)]
+    images = torch.rand(2, 1, 13, 20)
+    grid = math.ceil(13 / patch_size), math.ceil(20 / patch_size)
+    assert all(model.stem(images).shape == (2, 8, *grid) for model in models)
+    assert models[1](images).shape == (2, 10)
+    convolutions = [[layer.stride for layer in model.stem if isinstance(layer, nn.Conv2d)]
+                    for model in models]
+    halvings = patch_size.bit_length() - 1
+    if halvings:
+        assert convolutions == [[(2, 2)] * halvings, [(1, 1), (1, 1), (2, 2)] * halvings]
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
