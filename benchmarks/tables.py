@@ -52,6 +52,11 @@ VIETNAMESE = {  # the words of README.vi.md's tables; the longer before those th
     "| floor |": "| sàn |", "| measured |": "| đo được |", "| aim |": "| mục tiêu |", "| on |": "| trên |",
     "rows": "hàng", "7×7 tokens": "7×7 token", "14×14 tokens": "14×14 token", "cores": "lõi",
     "high resolution": "độ phân giải cao", "language": "ngôn ngữ", "| long |": "| dài |",
+    "the trained model that comes along, on MNIST's test images":
+        "mô hình đã huấn luyện có sẵn, trên ảnh kiểm tra của MNIST",
+    "after one epoch of the first command below": "sau một epoch của lệnh đầu tiên dưới đây",
+    "tokens forward and backward": "token tiến và lùi", "| ours ": "| của chúng tôi ",
+    "Transformer under torch.compile": "Transformer dưới torch.compile",
     "layers, width": "lớp, rộng", "Tokens × batch; forward and backward": "Token × batch; tiến và lùi",
     "peak MiB": "MiB nhiều nhất", "| exponent |": "| số mũ |", "compiled": "biên dịch",
     "On ": "Trên ", "an H100": "một H100",
@@ -124,6 +129,26 @@ def accuracies() -> str:
         return "None is measured yet."
     return "\n".join(["| flags | what it is | parameters | test accuracy | a seed trains for | on |",
                       "|---|---|---|---|---|---|", *lines])
+
+
+def headline() -> str:
+    """The numbers that README begins with: a trained model, one epoch, and the longest sequence measured."""
+    contents, epoch, compared = checkpoint.load(SHIPPED), result("mnist-1-epoch"), result(
+        "compare_architectures_cuda")
+    longest = max(row["tokens"] for row in compared["rows"])
+    rows = {(row["network"], row["variant"]): f"{row['median_ms']:.3g} ms, {row['peak_mib']:.0f} MiB"
+            for row in compared["rows"] if row["tokens"] == longest and row["median_ms"]}
+    accuracy = epoch["test_accuracy"]
+    return "\n".join([
+        "| | |", "|---|---|",
+        f"| the trained model that comes along, on MNIST's test images | "
+        f"{100 * contents['metrics']['test_accuracy']:.2f} % |",
+        f"| after one epoch of the first command below | {100 * accuracy['mean']:.2f} ± "
+        f"{100 * accuracy['std']:.2f} % ({len(epoch['runs'])} seeds) |",
+        f"| {longest:,} tokens forward and backward, {compared['machine']['gpu']} | "
+        f"ours {rows['mamba', 'captured']}; "
+        f"Transformer under torch.compile {rows['transformer', 'compiled, captured']}; "
+        f"LSTM {rows['lstm', 'captured']} |"])
 
 
 def shipped() -> str:
@@ -245,9 +270,9 @@ def spoken_digits() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"training": training, "accuracy": accuracies, "shipped": shipped, "scan-cpu": scan_on_cpu,
-          "scan-cuda": scan_on_cuda, "architectures": architectures, "crash-test": crash_test,
-          "load-test": load_test, "imagenet": imagenet, "spoken-digits": spoken_digits}
+TABLES = {"headline": headline, "training": training, "accuracy": accuracies, "shipped": shipped,
+          "scan-cpu": scan_on_cpu, "scan-cuda": scan_on_cuda, "architectures": architectures,
+          "crash-test": crash_test, "load-test": load_test, "imagenet": imagenet, "spoken-digits": spoken_digits}
 
 if __name__ == "__main__":
     run_script(main)
