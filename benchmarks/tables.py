@@ -55,7 +55,7 @@ VIETNAMESE = {  # the words of README.vi.md's tables; the longer before those th
     "the trained model that comes along, on MNIST's test images":
         "mô hình đã huấn luyện có sẵn, trên ảnh kiểm tra của MNIST",
     "after one epoch of the first command below": "sau một epoch của lệnh đầu tiên dưới đây",
-    "tokens forward and backward": "token tiến và lùi", "| ours ": "| của chúng tôi ",
+    ", forward and backward,": ", tiến và lùi,", "| ours ": "| của chúng tôi ", " tokens × ": " token × ",
     "Transformer under torch.compile": "Transformer dưới torch.compile",
     "layers, width": "lớp, rộng", "Tokens × batch; forward and backward": "Token × batch; tiến và lùi",
     "peak MiB": "MiB nhiều nhất", "| exponent |": "| số mũ |", "compiled": "biên dịch",
@@ -135,7 +135,7 @@ def headline() -> str:
     """The numbers that README begins with: a trained model, one epoch, and the longest sequence measured."""
     contents, epoch, compared = checkpoint.load(SHIPPED), result("mnist-1-epoch"), result(
         "compare_architectures_cuda")
-    longest = max(row["tokens"] for row in compared["rows"])
+    longest, batch = max((row["tokens"], row["batch"]) for row in compared["rows"])
     rows = {(row["network"], row["variant"]): f"{row['median_ms']:.3g} ms, {row['peak_mib']:.0f} MiB"
             for row in compared["rows"] if row["tokens"] == longest and row["median_ms"]}
     accuracy = epoch["test_accuracy"]
@@ -145,7 +145,7 @@ def headline() -> str:
         f"{100 * contents['metrics']['test_accuracy']:.2f} % |",
         f"| after one epoch of the first command below | {100 * accuracy['mean']:.2f} ± "
         f"{100 * accuracy['std']:.2f} % ({len(epoch['runs'])} seeds) |",
-        f"| {longest:,} tokens forward and backward, {compared['machine']['gpu']} | "
+        f"| {longest:,} tokens × {batch}, forward and backward, {compared['machine']['gpu']} | "
         f"ours {rows['mamba', 'captured']}; "
         f"Transformer under torch.compile {rows['transformer', 'compiled, captured']}; "
         f"LSTM {rows['lstm', 'captured']} |"])
@@ -272,7 +272,8 @@ def spoken_digits() -> str:
 
 TABLES = {"headline": headline, "training": training, "accuracy": accuracies, "shipped": shipped,
           "scan-cpu": scan_on_cpu, "scan-cuda": scan_on_cuda, "architectures": architectures,
-          "crash-test": crash_test, "load-test": load_test, "imagenet": imagenet, "spoken-digits": spoken_digits}
+          "crash-test": crash_test, "load-test": load_test, "imagenet": imagenet,
+          "spoken-digits": spoken_digits}
 
 if __name__ == "__main__":
     run_script(main)
