@@ -617,7 +617,7 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
             kept: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
     """Output (b, l, e) in u's dtype, last state (b, n, e) float32, checkpoints (b, (l−1)/chunk, n, e) `kept`.
 
-    `chunk` is a multiple of GROUP: longer ones take less memory, and more time in the backward.
+    `chunk` is a multiple of AHEAD: longer ones take less memory, and more time in the backward.
     """
     b, l, e = u.shape
     n = A.shape[1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 import checkpoint
 import presets
 from benchmarks import accuracy
-from errors import run_script
 from mamba_ssm_simple import VisionMamba2
 from trials import Outcome, Trial
 
@@ -22,21 +20,10 @@ NAN = Outcome([], "the loss is nan at step 3; lower it", nan=True)
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(tmp_path, monkeypatch, command):
     """call("--preset best ...") → status, stdout and stderr, of a repository that is empty."""
     monkeypatch.setattr(accuracy, "ROOT", tmp_path)
-    monkeypatch.chdir(tmp_path)
-
-    def run(arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["accuracy.py", *shlex.split(arguments)])
-        status = 0
-        try:
-            run_script(accuracy.main)
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capsys.readouterr()
-
-    return run
+    return lambda arguments: command(accuracy, *shlex.split(arguments))
 
 
 def epochs(value: float, key: str = "test_accuracy") -> list[dict]:

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import trials
 import tune_mamba
-from errors import UserError, run_script
+from errors import UserError
 from flags import as_flags, explicit, parse_arguments
 from trials import Outcome
 
@@ -23,20 +23,9 @@ SMALL = "--dataset digits --epochs 1 --limit-train 64 --d-model 16 --num-blocks 
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(command):
     """call("--grid lr=1,2 ...") → status, stdout and stderr, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tune_mamba.py", *shlex.split(arguments)])
-        status = 0
-        try:
-            run_script(tune_mamba.main)
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capsys.readouterr()
-
-    return run
+    return lambda arguments: command(tune_mamba, *shlex.split(arguments))
 
 
 @pytest.fixture
