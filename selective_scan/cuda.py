@@ -5,10 +5,13 @@ A program owns one batch item, one block of channels and one segment of time. Th
 where a scan along time leaves most threads idle.
 
 What a step waits for is memory and, in the backward, the other lanes. So the inputs of the next group of
-steps are asked for while one group is worked on. In the forward a lane has a channel with its states, and
-needs no other lane. In the backward a thread has four states of four channels: half of each sum, over
+steps are on their way into shared memory while one group is worked on; registers would not do, because what
+waits for an exponential then often waits for them, too. In the forward a lane has a channel with its states,
+and needs no other lane. In the backward a thread has four states of four channels: half of each sum, over
 channels and over states, is then its own, and lanes hand on the other half through shared memory, once for a
-group of steps. What concerns a channel alone (softplus, gate, their slopes) is computed one channel a lane.
+group of steps. That is where the backward's time goes, so what can be computed again or kept in registers
+does not pass through it. What concerns a channel alone (softplus, gate, their slopes) is computed one channel
+a lane.
 
 The forward keeps the state before every CHUNK steps; the backward recomputes the others from it. Sums over
 the batch and over channel blocks are made of partial sums in a fixed order, never by atomics: two runs give
@@ -23,6 +26,7 @@ States and sums are float32 whatever the inputs are.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import NamedTuple
 
@@ -36,11 +40,24 @@ if INTERPRETED:  # Triton's interpreter runs the same source on a CPU; layouts m
     import triton.language as gl
     from triton import jit
 
-    from selective_scan.interpreted import along, arange, shared, shared_parts
+    from selective_scan.interpreted import (
+        along,
+        arange,
+        arrived,
+        commit,
+        copy,
+        shared,
+        shared_group,
+        shared_groups,
+        shared_parts,
+    )
 else:
     from triton import constexpr_function
     from triton.experimental.gluon import jit
     from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+    copy, commit = async_copy.async_copy_global_to_shared, async_copy.commit_group
 
     @jit
     def arange(size: constexpr, layout: constexpr):
@@ -58,10 +75,28 @@ else:
                                          gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
     @jit
+    def shared_group(x, rows: constexpr, columns: constexpr):
+        """Shared memory for a group of steps of what x points to."""
+        return gl.allocate_shared_memory(x.dtype.element_ty, [rows, columns],
+                                         gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+    @jit
+    def shared_groups(x, rows: constexpr, columns: constexpr):
+        """The same for two groups: one on its way, one worked on."""
+        return gl.allocate_shared_memory(x.dtype.element_ty, [2, rows, columns],
+                                         gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+    @jit
     def shared_parts(group: constexpr, rows: constexpr, columns: constexpr):
-        """The same for each step of a group."""
-        return gl.allocate_shared_memory(gl.float32, [group, rows, columns],
-                                         gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+        """Shared memory of float32 for each step of a group; lanes write to rows of their own at once."""
+        # Swizzled: else they would meet in a few banks.
+        return gl.allocate_shared_memory(gl.float32, [group, rows, columns], gl.SwizzledSharedLayout(
+            4, max(1, 32 // columns), max(1, min(8, columns // 4)), [2, 1, 0]))
+
+    @jit
+    def arrived():
+        """Wait until all that was asked for by `copy` is there."""
+        async_copy.wait_group(0)
 
 CHUNK = 8   # steps between state checkpoints, where the caller asks for no other number
 AHEAD = 8   # steps that the forward works on at a time: memory has so long to answer
@@ -89,23 +124,30 @@ class Plan(NamedTuple):
         """Channels of one program."""
         return self.channels * self.lanes_e
 
-    def arguments(self, n: int, backward: bool = False) -> dict:
-        """What a kernel takes of it, for n states.
+    def arguments(self, n: int, wide: int = 4, backward: bool = False) -> dict:
+        """What a kernel takes of it, for n states and inputs of which 16 bytes are `wide` numbers.
 
-        Layouts: STATES of a tile [n, channels]; OWN of [lanes, channels], each channel in one lane; SUMS of
-        [steps, lanes, n], summed over its middle. B and C have what SUMS leaves of itself then.
+        Layouts: STATES of a tile [n, channels]; ROWS of [steps, channels] and PROJECTED of [steps, n], as
+        they are fetched; OWN of [lanes, channels], each channel in one lane; SUMS of [steps, lanes, n],
+        summed over its middle.
         """
+        def fetched(columns: int) -> gl.BlockedLayout:
+            across = min(wide, columns)
+            lanes = min(32, columns // across)
+            return gl.BlockedLayout([1, across], [32 // lanes, lanes], [self.warps, 1], [1, 0])
+
         N = max(self.lanes_n, triton.next_power_of_2(n))
-        states = own = sums = None
+        states = own = sums = rows = projected = None
         if not INTERPRETED:
+            rows, projected = fetched(self.block), fetched(N)
             lanes, warps = [self.lanes_n, 32 // self.lanes_n], [1, self.warps]
             states = gl.BlockedLayout([N // self.lanes_n, self.channels], lanes, warps, [1, 0])
             own = gl.BlockedLayout([self.lanes_n, 1], [1, 32], warps, [1, 0])
             sums = gl.BlockedLayout([1, 1, 1], [1, 2, 16], [self.warps, 1, 1], [2, 1, 0])
-        arguments = {"N": N, "BLOCK": self.block, "STATES": states, "SUMS": sums, "num_warps": self.warps,
-                     "maxnreg": self.registers}
+        arguments = {"N": N, "BLOCK": self.block, "STATES": states, "num_warps": self.warps,
+                     "maxnreg": self.registers, "ROWS": rows, "PROJECTED": projected}
         if backward:
-            arguments |= {"LANES_N": self.lanes_n, "LANES_E": self.lanes_e, "OWN": own}
+            arguments |= {"LANES_N": self.lanes_n, "LANES_E": self.lanes_e, "OWN": own, "SUMS": sums}
         return arguments
 
 
@@ -174,6 +216,40 @@ def load_weights(A, D, bias, e, n, e_steps, channels, N_STATE, HAS_D: constexpr,
 def states_at(pointer, e, n, channels: constexpr):
     """Where the states [n, channels] lie that begin at `pointer`."""
     return (pointer + e)[None, :] + n[:, None] * channels
+
+
+@jit
+def fetch(inputs, t, left, where, WIDTH: constexpr, ASYNC: constexpr):
+    """Ask for a group of steps, from t on, of which `left` are to come; zeros after them.
+
+    inputs  places in shared memory, pointers and strides over time of some sequences
+    where   a group's steps and the columns, of which there are WIDTH, as the lanes fetch them
+    """
+    places, pointers, strides = inputs
+    k, column = where
+    inside = (k < left)[:, None] & (column < WIDTH)[None, :]
+    for i in gl.static_range(len(places)):
+        pointer = pointers[i] + t * strides[i] + k[:, None] * strides[i] + column[None, :]
+        if ASYNC:
+            copy(places[i], pointer, inside)
+        else:
+            places[i].store(gl.load(pointer, mask=inside, other=0.0))
+
+
+@jit
+def into(slot, inputs):
+    """The inputs with one of their two places."""
+    places, pointers, strides = inputs
+    chosen = ()
+    for i in gl.static_range(len(places)):
+        chosen += (places[i].index(slot),)
+    return chosen, pointers, strides
+
+
+@jit
+def row_of(group, k: constexpr, LAYOUT: constexpr):
+    """Step k of a group in shared memory, [channels] float32."""
+    return gl.sum(group.slice(k, 1).load(LAYOUT).to(gl.float32), axis=0)
 
 
 @jit
@@ -250,14 +326,14 @@ def advance(h, dt, x, Bs, k: constexpr, A2, STATES: constexpr):
 @jit
 def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, checkpoints,
                    u_b, u_l: constexpr, delta_b, delta_l: constexpr, B_b, B_l: constexpr, C_b,
-                   C_l: constexpr, z_b, z_l: constexpr,
+                   C_l: constexpr, z_b, z_l: constexpr, UNIT: constexpr,
                    length, channels: constexpr, N_STATE: constexpr, segment, segments,
                    HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
                    SOFTPLUS: constexpr, SAVE: constexpr, SEGMENTED: constexpr, N: constexpr, BLOCK: constexpr,
-                   STATES: constexpr, SUMS: constexpr, CHUNK: constexpr, GROUP: constexpr):
+                   STATES: constexpr, ROWS: constexpr, PROJECTED: constexpr, ASYNC: constexpr,
+                   ASYNC_PROJECTED: constexpr, CHUNK: constexpr, GROUP: constexpr):
     e = gl.program_id(0) * BLOCK + arange(BLOCK, along(STATES, 0))
     n = arange(N, along(STATES, 1))
-    k_projected, n_projected = arange(GROUP, along(along(SUMS, 1), 1)), arange(N, along(along(SUMS, 1), 0))
     inside = e < channels
     states_inside = (n < N_STATE)[:, None] & inside[None, :]
     b = (gl.program_id(1) // segments).to(gl.int64)
@@ -266,44 +342,54 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
 
     start = part * segment
     stop = gl.minimum(start + segment, length)
-    u_0, delta_0, z_0 = u + b * u_b, delta + b * delta_b, z + b * z_b
-    B_0, C_0, out_0 = B + b * B_b, C + b * C_b, out + b * length * channels
+    out_0 = out + b * length * channels
+    us, deltas = shared_groups(u, GROUP, BLOCK), shared_groups(delta, GROUP, BLOCK)
+    zs = shared_groups(z, GROUP, BLOCK) if HAS_Z else us
+    raw_Bs, raw_Cs = shared_groups(B, GROUP, N), shared_groups(C, GROUP, N)
     Bs, Cs = shared(GROUP, N), shared(GROUP, N)
+    u_0, delta_0, z_0 = u + b * u_b * UNIT, delta + b * delta_b * UNIT, z + b * z_b * UNIT
+    B_0, C_0 = B + b * B_b * UNIT, C + b * C_b * UNIT
+    rows = (us, deltas), (u_0, delta_0), (u_l, delta_l)
+    if HAS_Z:
+        rows = (us, deltas, zs), (u_0, delta_0, z_0), (u_l, delta_l, z_l)
+    projected = (raw_Bs, raw_Cs), (B_0, C_0), (B_l, C_l)
+    in_rows = arange(GROUP, along(ROWS, 1)), gl.program_id(0) * BLOCK + arange(BLOCK, along(ROWS, 0))
+    in_projected = arange(GROUP, along(PROJECTED, 1)), arange(N, along(PROJECTED, 0))
 
     h = gl.zeros_like(A2)
     if SEGMENTED:
         h = gl.load(states_at(entering + (b * segments + part) * N_STATE * channels, e, n, channels),
                     mask=states_inside, other=0.0)
-    where = e, inside, k_projected, n_projected
-    t = b * 0 + start
-    next_u, next_delta, next_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t, stop - start, where,
-                                            N_STATE, GROUP)
-    next_z, _, next_C = load_group(z_0, z_l, z_0, z_l, C_0, C_l, t, stop - start, where, N_STATE, GROUP)
+    t, left = b * 0 + start, stop - start
+    fetch(into(0, rows), t, left, in_rows, channels, ASYNC)
+    fetch(into(0, projected), t, left, in_projected, N_STATE, ASYNC_PROJECTED)
+    commit()
+    slot = 0
     for first in range(start, stop, GROUP):
         if SAVE:
             if (first > 0) & (first % CHUNK == 0):
                 at = (b * ((length - 1) // CHUNK) + first // CHUNK - 1) * N_STATE * channels
                 gl.store(states_at(checkpoints + at, e, n, channels), h.to(checkpoints.dtype.element_ty),
                          mask=states_inside)
-        Bs.store(next_B.to(gl.float32))
-        Cs.store(next_C.to(gl.float32))
-        now_u, now_delta, now_z, left = next_u, next_delta, next_z, stop - first
+        arrived()
+        Bs.store(raw_Bs.index(slot).load(PROJECTED).to(gl.float32))
+        Cs.store(raw_Cs.index(slot).load(PROJECTED).to(gl.float32))
         # The next group is on its way while this one is worked on.
-        t = b * 0 + first
-        next_u, next_delta, next_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t + GROUP, left - GROUP,
-                                                where, N_STATE, GROUP)
-        next_z, _, next_C = load_group(z_0, z_l, z_0, z_l, C_0, C_l, t + GROUP, left - GROUP, where, N_STATE,
-                                       GROUP)
+        t, left = b * 0 + first, stop - first
+        fetch(into(1 - slot, rows), t + GROUP, left - GROUP, in_rows, channels, ASYNC)
+        fetch(into(1 - slot, projected), t + GROUP, left - GROUP, in_projected, N_STATE, ASYNC_PROJECTED)
+        commit()
         for k in gl.static_range(GROUP):
             there = inside & (k < left)
-            u_ = now_u[k].to(gl.float32)
-            dt = step_size(now_delta[k].to(gl.float32) + bias_e, there, SOFTPLUS)
+            u_ = row_of(us.index(slot), k, STATES)
+            dt = step_size(row_of(deltas.index(slot), k, STATES) + bias_e, there, SOFTPLUS)
             h = advance(h, dt[None, :], (dt * u_)[None, :], Bs, k, A2, STATES)
             y = gl.sum(h * column_of(Cs, k).load(STATES), axis=0) + D_e * u_
             if HAS_Z:
-                z_ = now_z[k].to(gl.float32)
+                z_ = row_of(zs.index(slot), k, STATES)
                 y = y * z_ * sigmoid(z_)
             gl.store(out_0 + (t + k) * channels + e, y.to(out.dtype.element_ty), mask=there)
+        slot = 1 - slot
     if stop == length:
         gl.store(states_at(last_state + b * N_STATE * channels, e, n, channels), h, mask=states_inside)
 
@@ -326,12 +412,13 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
                     out, du, ddelta, dz, weight_sums, projected_sums,
                     u_b, u_l: constexpr, delta_b, delta_l: constexpr, B_b, B_l: constexpr, C_b,
                     C_l: constexpr, z_b, z_l: constexpr, dout_b, dout_l: constexpr,
-                    dz_b, dz_l: constexpr, length, channels: constexpr, N_STATE: constexpr, segment, segments,
-                    batch,
-                    HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr,
-                    SOFTPLUS: constexpr, HAS_LEAVING: constexpr, HAS_OUT: constexpr, N: constexpr,
-                    BLOCK: constexpr, LANES_N: constexpr, LANES_E: constexpr, STATES: constexpr,
-                    OWN: constexpr, SUMS: constexpr, CHUNK: constexpr, GROUP: constexpr):
+                    dz_b, dz_l: constexpr, UNIT: constexpr, length, channels: constexpr,
+                    N_STATE: constexpr, segment, segments, batch,
+                    HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
+                    HAS_LEAVING: constexpr, HAS_OUT: constexpr, N: constexpr, BLOCK: constexpr,
+                    LANES_N: constexpr, LANES_E: constexpr, STATES: constexpr, OWN: constexpr,
+                    SUMS: constexpr, ROWS: constexpr, PROJECTED: constexpr, ASYNC: constexpr,
+                    ASYNC_PROJECTED: constexpr, CHUNK: constexpr, GROUP: constexpr):
     """With g_t = ∂loss/∂h_t = C_t ∂y_t + exp(Δ_{t+1} A) g_{t+1}:
     ∂B_t = Σ_e g_t Δ_t u_t,  ∂C_t = Σ_e h_t ∂y_t,  ∂(Δ_t u_t) = Σ_n g_t B_t,
     ∂(Δ_t A) = g_t exp(Δ_t A) h_{t−1}.
@@ -350,9 +437,7 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
 
     start = part * segment
     stop = gl.minimum(start + segment, length)
-    groups = gl.cdiv(stop - start, GROUP)
-    u_0, delta_0, z_0, dout_0 = u + b * u_b, delta + b * delta_b, z + b * z_b, dout + b * dout_b
-    B_0, C_0 = B + b * B_b, C + b * C_b
+    groups, whole = gl.cdiv(stop - start, GROUP), gl.minimum(stop - start, GROUP)
     of_sums = k_projected[:, None] * N_STATE + n_projected[None, :]
     # Each of a channel alone, one channel a lane; parts of sums over the states; and parts of those over the
     # channels. What is read before something else is written shares its place.
@@ -362,7 +447,23 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
     dCs = shared_parts(GROUP, LANES_E, N)
     ys, dBs = d_xs, dCs
     Bs, Cs = shared(GROUP, N), shared(GROUP, N)
-    carrieds, decays = shared_steps(N, BLOCK, GROUP), shared_steps(N, BLOCK, GROUP)
+    # The inputs as they lie in memory, of a group; and of the one before that its states come from.
+    us, past_us = shared_group(u, GROUP, BLOCK), shared_group(u, GROUP, BLOCK)
+    deltas, past_deltas = shared_group(delta, GROUP, BLOCK), shared_group(delta, GROUP, BLOCK)
+    douts = shared_group(dout, GROUP, BLOCK)
+    zs = shared_group(z, GROUP, BLOCK) if HAS_Z else us
+    raw_Bs, past_raw_Bs = shared_group(B, GROUP, N), shared_group(B, GROUP, N)
+    raw_Cs = shared_group(C, GROUP, N)
+    u_0, delta_0, z_0 = u + b * u_b * UNIT, delta + b * delta_b * UNIT, z + b * z_b * UNIT
+    B_0, C_0, dout_0 = B + b * B_b * UNIT, C + b * C_b * UNIT, dout + b * dout_b * UNIT
+    rows = (us, deltas, douts), (u_0, delta_0, dout_0), (u_l, delta_l, dout_l)
+    if HAS_Z:
+        rows = (us, deltas, douts, zs), (u_0, delta_0, dout_0, z_0), (u_l, delta_l, dout_l, z_l)
+    projected = (raw_Bs, raw_Cs), (B_0, C_0), (B_l, C_l)
+    past_rows = (past_us, past_deltas), (u_0, delta_0), (u_l, delta_l)
+    past_projected = (past_raw_Bs,), (B_0,), (B_l,)
+    in_rows = arange(GROUP, along(ROWS, 1)), gl.program_id(0) * BLOCK + arange(BLOCK, along(ROWS, 0))
+    in_projected = arange(GROUP, along(PROJECTED, 1)), arange(N, along(PROJECTED, 0))
 
     g = gl.zeros_like(A2)
     if HAS_LEAVING:
@@ -371,47 +472,44 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
     dA_sum = gl.zeros_like(A2)
     dD_sum = gl.zeros_like(D_e)
     dbias_sum = gl.zeros_like(D_e)
-    where = own_e, own_inside, k_projected, n_projected
-    first = start + (groups - 1) * GROUP
-    t, left = b * 0 + first, stop - first
-    h = load_checkpoint(checkpoints, b, first, length, e, n, states_inside, channels, N_STATE, CHUNK)
-    next_u, next_delta, next_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t, left, where, N_STATE,
-                                            GROUP)
-    next_dout, next_z, next_C = load_group(dout_0, dout_l, z_0, z_l, C_0, C_l, t, left, where, N_STATE, GROUP)
+    before = start + (groups - 1) * GROUP
+    h = load_checkpoint(checkpoints, b, before, length, e, n, states_inside, channels, N_STATE, CHUNK)
+    fetch(rows, b * 0 + before, stop - before, in_rows, channels, ASYNC)
+    fetch(projected, b * 0 + before, stop - before, in_projected, N_STATE, ASYNC_PROJECTED)
+    past = before // CHUNK * CHUNK
+    fetch(past_rows, b * 0 + past, stop - past, in_rows, channels, ASYNC)
+    fetch(past_projected, b * 0 + past, stop - past, in_projected, N_STATE, ASYNC_PROJECTED)
+    commit()
     for i in range(groups):
         first = start + (groups - 1 - i) * GROUP
         left = stop - first
-        now_u, now_delta, now_B = next_u, next_delta, next_B
-        now_dout, now_z, now_C = next_dout, next_z, next_C
-        # The group before is on its way while this one is worked on.
-        before = gl.maximum(first - GROUP, start)
-        t = b * 0 + before
-        next_u, next_delta, next_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, t, GROUP, where,
-                                                N_STATE, GROUP)
-        next_dout, next_z, next_C = load_group(dout_0, dout_l, z_0, z_l, C_0, C_l, t, GROUP, where, N_STATE,
-                                               GROUP)
+        arrived()
         for past in range(first // CHUNK * CHUNK, first, GROUP):  # from the checkpoint to this group
-            past_u, past_delta, past_B = load_group(u_0, u_l, delta_0, delta_l, B_0, B_l, b * 0 + past, GROUP,
-                                                    where, N_STATE, GROUP)
+            if CHUNK > 2 * GROUP:
+                if past % CHUNK > 0:  # the first of them is here already
+                    fetch(past_rows, b * 0 + past, GROUP, in_rows, channels, ASYNC)
+                    fetch(past_projected, b * 0 + past, GROUP, in_projected, N_STATE, ASYNC_PROJECTED)
+                    commit()
+                    arrived()
+            Bs.store(past_raw_Bs.load(PROJECTED).to(gl.float32))
             for k in gl.static_range(GROUP):
-                dt = step_size(past_delta[k].to(gl.float32) + bias_e, own_inside, SOFTPLUS)
+                dt = step_size(row_of(past_deltas, k, OWN) + bias_e, own_inside, SOFTPLUS)
                 dts[k].store(dt[None, :])
-                xs[k].store((dt * past_u[k].to(gl.float32))[None, :])
-            Bs.store(past_B.to(gl.float32))
+                xs[k].store((dt * row_of(past_us, k, OWN))[None, :])
             for k in gl.static_range(GROUP):
                 h = advance(h, dts[k].load(STATES), xs[k].load(STATES), Bs, k, A2, STATES)
 
         # What concerns a channel alone.
-        Bs.store(now_B.to(gl.float32))
-        Cs.store(now_C.to(gl.float32))
-        u_, raw, dt, dy, slope, silu = (), (), (), (), (), ()
+        Bs.store(raw_Bs.load(PROJECTED).to(gl.float32))
+        Cs.store(raw_Cs.load(PROJECTED).to(gl.float32))
+        u_, delta_, dt, dy, slope, silu = (), (), (), (), (), ()
         for k in gl.static_range(GROUP):
-            u_ += (now_u[k].to(gl.float32),)
-            raw += (now_delta[k].to(gl.float32) + bias_e,)
-            dt += (step_size(raw[k], own_inside & (k < left), SOFTPLUS),)
-            dout_k = now_dout[k].to(gl.float32)
+            u_ += (row_of(us, k, OWN),)
+            delta_ += (row_of(deltas, k, OWN) + bias_e,)
+            dt += (step_size(delta_[k], own_inside & (k < left), SOFTPLUS),)
+            dout_k = row_of(douts, k, OWN)
             if HAS_Z:
-                z_ = now_z[k].to(gl.float32)
+                z_ = row_of(zs, k, OWN)
                 gate = sigmoid(z_)
                 slope += (dout_k * gate * (1.0 + z_ * (1.0 - gate)),)  # ∂loss/∂z = slope · y
                 silu += (z_ * gate,)
@@ -421,15 +519,21 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
             dts[k].store(dt[k][None, :])
             xs[k].store((dt[k] * u_[k])[None, :])
             dys[k].store(dy[k][None, :])
+        # The group before is on its way while this one is worked on.
+        before = gl.maximum(first - GROUP, start)
+        fetch(rows, b * 0 + before, whole, in_rows, channels, ASYNC)
+        fetch(projected, b * 0 + before, whole, in_projected, N_STATE, ASYNC_PROJECTED)
+        past = before // CHUNK * CHUNK
+        fetch(past_rows, b * 0 + past, whole, in_rows, channels, ASYNC)
+        fetch(past_projected, b * 0 + past, whole, in_projected, N_STATE, ASYNC_PROJECTED)
+        commit()
 
         # The states, forwards.
-        dC_parts = ()
+        decay, carried, dC_parts = (), (), ()
         for k in gl.static_range(GROUP):
-            decay = gl.exp2(dts[k].load(STATES) * A2)
-            carried = decay * h
-            decays[k].store(decay)
-            carrieds[k].store(carried)
-            h = carried + xs[k].load(STATES) * column_of(Bs, k).load(STATES)
+            decay += (gl.exp2(dts[k].load(STATES) * A2),)
+            carried += (decay[k] * h,)
+            h = carried[k] + xs[k].load(STATES) * column_of(Bs, k).load(STATES)
             if HAS_Z:
                 ys[k].store(sum_states(h * column_of(Cs, k).load(STATES), LANES_N))
             dC_parts += (sum_channels(h * dys[k].load(STATES), LANES_E),)
@@ -456,10 +560,12 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
             g += column_of(Cs, k).load(STATES) * dys[k].load(STATES)
             dB_parts += (sum_channels(g * xs[k].load(STATES), LANES_E),)
             d_xs[k].store(sum_states(g * column_of(Bs, k).load(STATES), LANES_N))
-            d_exponent = g * carrieds[k].load(STATES)
+            d_exponent = g * carried[k]
             d_exponents[k].store(sum_states(d_exponent * A2, LANES_N))
-            dA_sum += d_exponent * dts[k].load(STATES)
-            g = g * decays[k].load(STATES)
+            dt_k = dts[k].load(STATES)
+            dA_sum += d_exponent * dt_k
+            # Registers are left for two decays; the other two are computed again.
+            g = g * gl.exp2(dt_k * A2) if k < GROUP - 2 else g * decay[k]
         dBs.store(stack((dB_parts[3], dB_parts[2], dB_parts[1], dB_parts[0])))
         gl.store(own + of_sums, gl.sum(dBs.load(SUMS), axis=1), mask=projected_inside)
         for k in gl.static_range(GROUP):
@@ -467,7 +573,7 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
             d_x = gl.sum(d_xs[k].load(OWN), axis=0)
             d_delta = d_x * u_[k] + gl.sum(d_exponents[k].load(OWN), axis=0) * LN_2
             if SOFTPLUS:
-                d_delta = d_delta * sigmoid(raw[k])
+                d_delta = d_delta * sigmoid(delta_[k])
             d_delta = gl.where(there, d_delta, 0.0)
             gl.store(du + (t + k) * channels + own_e, (d_x * dt[k] + dy[k] * D_e).to(du.dtype.element_ty),
                      mask=there)
@@ -486,15 +592,15 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
 @jit
 def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
                    u_b, u_l: constexpr, delta_b, delta_l: constexpr, B_b, B_l: constexpr, C_b,
-                   C_l: constexpr, z_b, z_l: constexpr, dout_b, dout_l: constexpr,
+                   C_l: constexpr, z_b, z_l: constexpr, dout_b, dout_l: constexpr, UNIT: constexpr,
                    length, channels: constexpr, N_STATE: constexpr, segment, segments,
                    HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
                    REVERSE: constexpr, N: constexpr, BLOCK: constexpr, STATES: constexpr,
-                   SUMS: constexpr, GROUP: constexpr):
+                   ROWS: constexpr, PROJECTED: constexpr, ASYNC: constexpr, ASYNC_PROJECTED: constexpr,
+                   GROUP: constexpr):
     """What one segment adds to the state after it (or, in REVERSE, to the gradient before it), and its ΣΔ."""
     e = gl.program_id(0) * BLOCK + arange(BLOCK, along(STATES, 0))
     n = arange(N, along(STATES, 1))
-    k_projected, n_projected = arange(GROUP, along(along(SUMS, 1), 1)), arange(N, along(along(SUMS, 1), 0))
     inside = e < channels
     b = (gl.program_id(1) // segments).to(gl.int64)
     part = gl.program_id(1) % segments
@@ -502,44 +608,57 @@ def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
 
     start = part * segment
     stop = gl.minimum(start + segment, length)
-    # Forward it is u and B that drive the state; in reverse the gradient of y, and C.
-    drive_0, onto_0 = u + b * u_b, B + b * B_b
-    drive_l: constexpr = dout_l if REVERSE else u_l
-    onto_l: constexpr = C_l if REVERSE else B_l
-    sign: constexpr = -1 if REVERSE else 1
-    t = b * 0 + start
+    # Forward it is u and B that drive the state; in reverse the gradient of y, and C, and time counts down.
+    delta_0 = delta + b * delta_b * UNIT
+    deltas = shared_groups(delta, GROUP, BLOCK)
     if REVERSE:
-        drive_0, onto_0, t = dout + b * dout_b, C + b * C_b, b * 0 + stop - 1
-    delta_0, z_0 = delta + b * delta_b, z + b * z_b
+        t = b * 0 - (stop - 1)
+        xs, raw_ontos = shared_groups(dout, GROUP, BLOCK), shared_groups(C, GROUP, N)
+        x_0, z_0, onto_0 = dout + b * dout_b * UNIT, z + b * z_b * UNIT, C + b * C_b * UNIT
+        rows = (xs, deltas), (x_0, delta_0), (-dout_l, -delta_l)
+        projected = (raw_ontos,), (onto_0,), (-C_l,)
+        zs = xs
+        if HAS_Z:
+            zs = shared_groups(z, GROUP, BLOCK)
+            rows = (xs, deltas, zs), (x_0, delta_0, z_0), (-dout_l, -delta_l, -z_l)
+    else:
+        t = b * 0 + start
+        xs, raw_ontos = shared_groups(u, GROUP, BLOCK), shared_groups(B, GROUP, N)
+        x_0, onto_0 = u + b * u_b * UNIT, B + b * B_b * UNIT
+        rows = (xs, deltas), (x_0, delta_0), (u_l, delta_l)
+        projected = (raw_ontos,), (onto_0,), (B_l,)
+    in_rows = arange(GROUP, along(ROWS, 1)), gl.program_id(0) * BLOCK + arange(BLOCK, along(ROWS, 0))
+    in_projected = arange(GROUP, along(PROJECTED, 1)), arange(N, along(PROJECTED, 0))
     ontos = shared(GROUP, N)
 
     h = gl.zeros_like(A2)
     delta_sum = gl.zeros_like(bias_e)
-    where = e, inside, k_projected, n_projected
     left = stop - start
-    next_drive, next_delta, next_onto = load_group(drive_0, drive_l, delta_0, delta_l, onto_0, onto_l, t,
-                                                   left, where, N_STATE, GROUP, sign)
-    next_z = load_steps(z_0 + t * z_l, sign * z_l, e, inside, left, GROUP)
+    fetch(into(0, rows), t, left, in_rows, channels, ASYNC)
+    fetch(into(0, projected), t, left, in_projected, N_STATE, ASYNC_PROJECTED)
+    commit()
+    slot = 0
     for _ in range(0, stop - start, GROUP):
-        ontos.store(next_onto.to(gl.float32))
-        now_drive, now_delta, now_z, now_left = next_drive, next_delta, next_z, left
+        arrived()
+        ontos.store(raw_ontos.index(slot).load(PROJECTED).to(gl.float32))
+        now_left, t, left = left, t + GROUP, left - GROUP
         # The next group is on its way while this one is worked on.
-        t, left = t + sign * GROUP, left - GROUP
-        next_drive, next_delta, next_onto = load_group(drive_0, drive_l, delta_0, delta_l, onto_0, onto_l, t,
-                                                       left, where, N_STATE, GROUP, sign)
-        next_z = load_steps(z_0 + t * z_l, sign * z_l, e, inside, left, GROUP)
+        fetch(into(1 - slot, rows), t, left, in_rows, channels, ASYNC)
+        fetch(into(1 - slot, projected), t, left, in_projected, N_STATE, ASYNC_PROJECTED)
+        commit()
         for k in gl.static_range(GROUP):
-            dt = step_size(now_delta[k].to(gl.float32) + bias_e, inside & (k < now_left), SOFTPLUS)
-            x = now_drive[k].to(gl.float32)
+            dt = step_size(row_of(deltas.index(slot), k, STATES) + bias_e, inside & (k < now_left), SOFTPLUS)
+            x = row_of(xs.index(slot), k, STATES)
             if REVERSE:
                 if HAS_Z:
-                    z_ = now_z[k].to(gl.float32)
+                    z_ = row_of(zs.index(slot), k, STATES)
                     x = x * z_ * sigmoid(z_)
                 h += x[None, :] * column_of(ontos, k).load(STATES)
                 h = gl.exp2(dt[None, :] * A2) * h
             else:
                 h = advance(h, dt[None, :], (dt * x)[None, :], ontos, k, A2, STATES)
             delta_sum += dt
+        slot = 1 - slot
     own = b * segments + part
     gl.store(states_at(carried + own * N_STATE * channels, e, n, channels), h,
              mask=(n < N_STATE)[:, None] & inside[None, :])
@@ -549,7 +668,7 @@ def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
 @jit
 def carry_kernel(A, carried, delta_sums, begin, entering, channels: constexpr, N_STATE: constexpr, segments,
                  HAS_BEGIN: constexpr, REVERSE: constexpr, N: constexpr, BLOCK: constexpr,
-                 STATES: constexpr, SUMS: constexpr):
+                 STATES: constexpr, ROWS: constexpr, PROJECTED: constexpr):
     """What enters each segment, from what each adds: h ← exp(A ΣΔ) h + carried, segment after segment."""
     e = gl.program_id(0) * BLOCK + arange(BLOCK, along(STATES, 0))
     n = arange(N, along(STATES, 1))
@@ -632,12 +751,14 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     if segments > 1:
         entering = _enter(None, u, delta, A, B, C, z, delta_bias, u, delta_softplus, plan.segment,
                           reverse=False)
+    unit = _unit(u, delta, B, C, z)
     forward_kernel[(triton.cdiv(e, plan.block), b * segments)](
         u, delta, A, B, C, A if D is None else D, u if z is None else z,
         A if delta_bias is None else delta_bias, entering, out, last_state, checkpoints,
-        *_strides(u, delta, B, C, z), l, e, n, plan.segment, segments,
+        *_strides(unit, u, delta, B, C, z), unit, l, e, n, plan.segment, segments,
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
-        SAVE=save, SEGMENTED=segments > 1, CHUNK=chunk, GROUP=AHEAD, **plan.arguments(n))
+        SAVE=save, SEGMENTED=segments > 1, CHUNK=chunk, GROUP=AHEAD, ASYNC=_async(unit, u, delta, z),
+        ASYNC_PROJECTED=_async(unit, B, C), **plan.arguments(n, 16 // u.element_size()))
     return out, last_state, checkpoints
 
 
@@ -678,14 +799,16 @@ def backward_into(du: Tensor, ddelta: Tensor, dB: Tensor, dC: Tensor, dz: Tensor
 
     # What each program has of ∂A, ∂D and ∂Δ bias, and each channel block of ∂B and ∂C.
     weight_sums, projected_sums = empty(b * segments, n + 2, e), empty(blocks, 2, b, l, n)
+    unit = _unit(u, delta, B, C, z, dout)
     backward_kernel[(blocks, b * segments)](
         u, delta, A, B, C, A if D is None else D, u if z is None else z,
         A if delta_bias is None else delta_bias, checkpoints, dout, u if leaving is None else leaving,
         u if out is None else out, du, ddelta, du if dz is None else dz, weight_sums, projected_sums,
-        *_strides(u, delta, B, C, z, dout, dz), l, e, n, plan.segment, segments, b,
+        *_strides(unit, u, delta, B, C, z, dout), *([0, 0] if dz is None else dz.stride()[:2]), unit, l, e, n,
+        plan.segment, segments, b, ASYNC=_async(unit, u, delta, z, dout), ASYNC_PROJECTED=_async(unit, B, C),
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
         HAS_LEAVING=leaving is not None, HAS_OUT=out is not None, CHUNK=chunk, GROUP=GROUP,
-        **plan.arguments(n, backward=True))
+        **plan.arguments(n, 16 // u.element_size(), backward=True))
     dA, dD, dbias = empty(e, n), empty(e), empty(e)
     rows, columns = 32, 32
     sum_weights_kernel[(triton.cdiv((n + 2) * e, columns),)](
@@ -708,11 +831,13 @@ def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_s
     plan = plan._replace(segment=segment)
     carried, entering = torch.empty(2, b, segments, n, e, device=u.device)
     delta_sums = torch.empty(b, segments, e, device=u.device)
+    unit = _unit(u, delta, B, C, z, dout)
     segment_kernel[(triton.cdiv(e, plan.block), b * segments)](
         u, delta, A, B, C, u if z is None else z, A if delta_bias is None else delta_bias, dout, carried,
-        delta_sums, *_strides(u, delta, B, C, z, dout), l, e, n, plan.segment, segments,
+        delta_sums, *_strides(unit, u, delta, B, C, z, dout), unit, l, e, n, plan.segment, segments,
         HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, REVERSE=reverse,
-        GROUP=AHEAD, **plan.arguments(n))
+        ASYNC=_async(unit, u, delta, z, dout), ASYNC_PROJECTED=_async(unit, B, C), GROUP=AHEAD,
+        **plan.arguments(n, 16 // u.element_size()))
     carry_kernel[(triton.cdiv(e, plan.block), b)](
         A, carried, delta_sums, carried if begin is None else begin, entering, e, n, segments,
         HAS_BEGIN=begin is not None, REVERSE=reverse, **plan.arguments(n))
@@ -728,11 +853,23 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _strides(*tensors: Tensor | None) -> list[int]:
-    """Strides over batch and time of each.
+def _unit(*tensors: Tensor | None) -> int:
+    """What strides over the batch are multiples of, at most 16: tells the compiler how rows are aligned."""
+    return math.gcd(16, *(tensor.stride(0) for tensor in tensors if tensor is not None))
+
+
+def _async(unit: int, *tensors: Tensor | None) -> bool:
+    """Whether the device can copy these into shared memory by itself: by four bytes at least."""
+    return all(tensor is None or tensor.element_size() >= 4
+               or (tensor.data_ptr() % 16 == unit % 2 == tensor.stride(1) % 2 == tensor.shape[2] % 2 == 0)
+               for tensor in tensors)
+
+
+def _strides(unit: int, *tensors: Tensor | None) -> list[int]:
+    """Strides over batch, in units, and time of each.
 
     Those over time are constants of the kernels: an address is then one register and a number in the
     instruction, and the compiler sees how a slice of x_proj's output is aligned.
     """
     return [stride for tensor in tensors for stride in
-            ((0, 0) if tensor is None else tensor.stride()[:2])]
+            ((0, 0) if tensor is None else (tensor.stride(0) // unit, tensor.stride(1)))]
