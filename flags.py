@@ -95,7 +95,7 @@ def argument_parser() -> ArgumentParser:
         "take more time")
     add("--scan", choices=SCANS, default="cross",
         help="order in which mamba reads tokens: each row its own sequence; all of them row by row; "
-        "successive blocks right, down, left, up")
+        "successive blocks forwards and backwards through them (alternate), or right, down, left, up (cross)")
     add("--bidirectional", action=argparse.BooleanOptionalAction, default=False,
         help="read both ways in every block; a transformer does so anyway")
     add("--permute-seed", type=seed, metavar="N", default=None,

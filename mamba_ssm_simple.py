@@ -38,8 +38,9 @@ from selective_scan import (
     selective_scan,
 )
 
-DIRECTIONS = ("right", "down", "left", "up")
-SCANS = ("row", "raster", "cross")
+SCANS = {  # the directions of successive blocks, again and again
+    "row": ("right",), "raster": ("right",), "alternate": ("right", "left"),
+    "cross": ("right", "down", "left", "up")}
 
 
 class StateSpace(nn.Module):
@@ -161,10 +162,10 @@ class MambaBlock(nn.Module):
     Args:
         d_model: channels of the feature map.
         scan: "row", each row its own sequence, left to right; "raster", one sequence of height · width
-            tokens, row by row; "cross", one sequence in the direction that `index` gives.
-        index: the block's place in the network; with "cross", successive blocks go right, down, left, up,
-            so that after four of them every token has seen the whole image, at the price of one direction
-            a block.
+            tokens, row by row; "alternate" and "cross", one sequence in the direction that `index` gives.
+        index: the block's place in the network. With "alternate", successive blocks read the raster forwards
+            and backwards, with "cross" they go right, down, left, up (as in arXiv 2402.05892), so that after
+            two blocks, or four, every token has seen the whole image, at the price of one direction a block.
         d_state, d_conv, expand, bidirectional: see `SelectiveScan`.
         drop_path: how often an image goes past the block in training (arXiv 1603.09382).
 
@@ -178,7 +179,7 @@ class MambaBlock(nn.Module):
         if scan not in SCANS:
             raise ValueError(f"scan must be one of {', '.join(SCANS)}, but is {scan!r}")
         self.rows = scan == "row"
-        self.direction = DIRECTIONS[index % 4] if scan == "cross" else "right"
+        self.direction = SCANS[scan][index % len(SCANS[scan])]
         self.drop_path = drop_path
         self.norm = nn.LayerNorm(d_model)
         self.mixer = SelectiveScan(d_model, d_state, d_conv, expand, bidirectional=bidirectional)

@@ -14,10 +14,10 @@ import mamba_ssm_simple
 import scan_figures
 from baselines import VisionLSTM
 from errors import UserError
-from mamba_ssm_simple import VisionMamba2, pixel_order, to_map
+from mamba_ssm_simple import SCANS, VisionMamba2, pixel_order, to_map
 from selective_scan import selective_scan
 
-KINDS = [(scan, both) for scan in ("row", "raster", "cross") for both in (False, True)]
+KINDS = [(scan, both) for scan in SCANS for both in (False, True)]
 
 
 def model(**changes) -> VisionMamba2:

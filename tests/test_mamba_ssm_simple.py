@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import self_check
 from baselines import ARCHITECTURES, VisionTransformer
 from mamba_ssm_simple import (
-    DIRECTIONS,
     SCANS,
     MambaBlock,
     SelectiveScan,
@@ -141,7 +140,7 @@ def test_bidirectional_is_the_average_of_both_directions():
 
 
 @pytest.mark.parametrize("rows", [False, True], ids=["whole", "rows"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("direction", SCANS["cross"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (3, 4), (7, 7)], ids=str)
 def test_to_map_is_the_inverse_of_to_sequence(size, direction, rows):
     x = torch.randn(2, *size, 3)
@@ -176,7 +175,7 @@ def test_the_order_of_pixels_by_rows(direction, order):
 @pytest.mark.parametrize("index", range(6))
 def test_a_cross_block_sees_what_comes_before_in_its_direction(index):
     block = MambaBlock(8, "cross", index).double()
-    order = visit_order(3, 4, DIRECTIONS[index % 4])
+    order = visit_order(3, 4, SCANS["cross"][index % 4])
     for place, pixel in enumerate(order):
         expected = torch.zeros(3, 4, dtype=torch.bool)
         for before in order[:place + 1]:
@@ -194,6 +193,13 @@ def test_raster_sees_every_pixel_before():
     for index in range(4):
         seen = sees(MambaBlock(8, "raster", index).double(), 3, 4, (1, 2))
         assert seen.flatten().tolist() == 7 * [True] + 5 * [False]
+
+
+def test_alternate_blocks_see_what_comes_before_and_what_comes_after():
+    before, after = (sees(MambaBlock(8, "alternate", index).double(), 3, 4, (1, 2)).flatten().tolist()
+                     for index in (2, 3))
+    assert before == 7 * [True] + 5 * [False]
+    assert after == 6 * [False] + 6 * [True]
 
 
 def test_bidirectional_sees_the_future():
@@ -323,9 +329,9 @@ def test_a_patch_size_that_is_no_power_of_two(patch_size):
 
 @pytest.mark.parametrize("scan", ["diagonal", "", "Row", None])
 def test_an_unknown_scan(scan):
-    with pytest.raises(ValueError, match="scan must be one of row, raster, cross, but is"):
+    with pytest.raises(ValueError, match="scan must be one of row, raster, alternate, cross, but is"):
         MambaBlock(8, scan)
-    with pytest.raises(ValueError, match="scan must be one of row, raster, cross, but is"):
+    with pytest.raises(ValueError, match="scan must be one of row, raster, alternate, cross, but is"):
         VisionMamba2(scan=scan)
 
 
