@@ -21,8 +21,8 @@ PRESETS = {
         {"patch_size": 2, "batch_size": 64, "amp": "bf16"}),
     "tiny": Preset(
         "at most 0.1 million parameters: narrow, because four blocks are what sees all four directions",
-        {"patch_size": 2, "d_model": 48, "num_blocks": 4, "d_state": 16, "lr": 3e-3, "epochs": 40,
-         "augment": "elastic", "ema": 0.999}),
+        {"patch_size": 2, "d_model": 48, "num_blocks": 4, "d_state": 16, "batch_size": 128, "lr": 3e-3,
+         "weight_decay": 0.2, "epochs": 40, "augment": "elastic", "augment_strength": 0.7, "ema": 0.999}),
     "original": Preset(
         "the settings that this project began with, as they were, to compare with",
         {"scan": "row", "patch_size": 4, "batch_size": 64, "lr": 1e-3, "epochs": 20, "d_model": 128,
@@ -30,16 +30,17 @@ PRESETS = {
     "smnist": Preset(
         "sequential MNIST as in the state-space papers: 784 pixels one at a time, no convolution over the "
         "image, no augmentation",
-        {"dataset": "mnist", "patch_size": 1, "scan": "raster", "augment": "none", "batch_size": 64,
-         "lr": 2e-3, "d_model": 128, "num_blocks": 6, "epochs": 40}),
+        {"dataset": "mnist", "patch_size": 1, "scan": "alternate", "augment": "none", "batch_size": 128,
+         "lr": 3e-3, "weight_decay": 0.1, "drop_path": 0.1, "d_model": 128, "num_blocks": 4, "epochs": 12}),
     "speedrun": Preset(
         "99% in as few seconds as possible: few large steps at a high rate",
         {"patch_size": 4, "batch_size": 256, "lr": 5e-3, "epochs": 4, "warm_up": 50, "ema": 0.98,
          "amp": "bf16"}),
     "best": Preset(
-        "the highest accuracy that was tried: 14×14 tokens, elastic augmentation, averaged weights",
-        {"patch_size": 2, "d_model": 128, "num_blocks": 4, "batch_size": 128, "lr": 2e-3, "epochs": 20,
-         "augment": "elastic", "ema": 0.999, "amp": "bf16"}),
+        "the highest accuracy on MNIST: 14×14 tokens, elastic augmentation, averaged weights; narrow, since "
+        "wider models learn the training images by heart",
+        {"patch_size": 2, "d_model": 64, "num_blocks": 4, "batch_size": 128, "lr": 3e-3, "weight_decay": 0.3,
+         "epochs": 40, "augment": "elastic", "augment_strength": 0.7, "ema": 0.999}),
     "cifar": Preset(
         "32×32 pixels in colour: 16×16 tokens, a plain trunk three times as deep",
         {"dataset": "cifar10", "patch_size": 2, "d_model": 192, "num_blocks": 12, "batch_size": 128,

@@ -101,6 +101,7 @@ else:
 CHUNK = 8   # steps between state checkpoints, where the caller asks for no other number
 AHEAD = 8   # steps that the forward works on at a time: memory has so long to answer
 GROUP = 4   # steps that the backward works on at a time, and whose states it keeps; `stack` knows the number
+RESIDENT = 1056  # warps of the backward that an H100 holds at once: its registers allow two a scheduler
 LOG2_E = constexpr(1.4426950408889634)
 LN_2 = constexpr(0.6931471805599453)
 
@@ -113,6 +114,7 @@ class Plan(NamedTuple):
     channels: int   # of one thread
     registers: int  # of one thread, at most
     segment: int    # steps of one segment of time, a multiple of a chunk
+    items: int = 1  # of the batch, one after another in a program of the backward
 
     @property
     def lanes_e(self) -> int:
@@ -164,7 +166,10 @@ def _plan(batch: int, length: int, channels: int, n: int, chunk: int, backward: 
     few, enough = (800, 1056) if backward else (400, 1584)
     given = warps * batch * triton.cdiv(channels, plan.block)
     segments = max(1, min(enough // given, length // 64)) if given < few else 1
-    return plan._replace(segment=triton.cdiv(triton.cdiv(length, segments), chunk) * chunk)
+    # Of far more short sequences than fit at once, programs take several each, one after another: weights are
+    # then loaded, and their gradients written, fewer times.
+    items = triton.cdiv(given, RESIDENT) if backward and given > 3 * RESIDENT else 1
+    return plan._replace(segment=triton.cdiv(triton.cdiv(length, segments), chunk) * chunk, items=items)
 
 
 # ---- Pieces of a step --------------------------------------------------------------------------------------
@@ -219,17 +224,18 @@ def states_at(pointer, e, n, channels: constexpr):
 
 
 @jit
-def fetch(inputs, t, left, where, WIDTH: constexpr, ASYNC: constexpr):
-    """Ask for a group of steps, from t on, of which `left` are to come; zeros after them.
+def fetch(inputs, b, t, left, where, WIDTH: constexpr, UNIT: constexpr, ASYNC: constexpr):
+    """Ask for a group of steps of item b, from t on, of which `left` are to come; zeros after them.
 
-    inputs  places in shared memory, pointers and strides over time of some sequences
+    inputs  of some sequences: places in shared memory, pointers, strides over the batch in UNITs, over time
     where   a group's steps and the columns, of which there are WIDTH, as the lanes fetch them
     """
-    places, pointers, strides = inputs
+    places, pointers, batch_strides, strides = inputs
     k, column = where
     inside = (k < left)[:, None] & (column < WIDTH)[None, :]
     for i in gl.static_range(len(places)):
-        pointer = pointers[i] + t * strides[i] + k[:, None] * strides[i] + column[None, :]
+        row = pointers[i] + b * batch_strides[i] * UNIT + (b * 0 + t) * strides[i]
+        pointer = row + k[:, None] * strides[i] + column[None, :]
         if ASYNC:
             copy(places[i], pointer, inside)
         else:
@@ -239,11 +245,11 @@ def fetch(inputs, t, left, where, WIDTH: constexpr, ASYNC: constexpr):
 @jit
 def into(slot, inputs):
     """The inputs with one of their two places."""
-    places, pointers, strides = inputs
+    places, pointers, batch_strides, strides = inputs
     chosen = ()
     for i in gl.static_range(len(places)):
         chosen += (places[i].index(slot),)
-    return chosen, pointers, strides
+    return chosen, pointers, batch_strides, strides
 
 
 @jit
@@ -347,12 +353,10 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
     zs = shared_groups(z, GROUP, BLOCK) if HAS_Z else us
     raw_Bs, raw_Cs = shared_groups(B, GROUP, N), shared_groups(C, GROUP, N)
     Bs, Cs = shared(GROUP, N), shared(GROUP, N)
-    u_0, delta_0, z_0 = u + b * u_b * UNIT, delta + b * delta_b * UNIT, z + b * z_b * UNIT
-    B_0, C_0 = B + b * B_b * UNIT, C + b * C_b * UNIT
-    rows = (us, deltas), (u_0, delta_0), (u_l, delta_l)
+    rows = (us, deltas), (u, delta), (u_b, delta_b), (u_l, delta_l)
     if HAS_Z:
-        rows = (us, deltas, zs), (u_0, delta_0, z_0), (u_l, delta_l, z_l)
-    projected = (raw_Bs, raw_Cs), (B_0, C_0), (B_l, C_l)
+        rows = (us, deltas, zs), (u, delta, z), (u_b, delta_b, z_b), (u_l, delta_l, z_l)
+    projected = (raw_Bs, raw_Cs), (B, C), (B_b, C_b), (B_l, C_l)
     in_rows = arange(GROUP, along(ROWS, 1)), gl.program_id(0) * BLOCK + arange(BLOCK, along(ROWS, 0))
     in_projected = arange(GROUP, along(PROJECTED, 1)), arange(N, along(PROJECTED, 0))
 
@@ -360,9 +364,8 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
     if SEGMENTED:
         h = gl.load(states_at(entering + (b * segments + part) * N_STATE * channels, e, n, channels),
                     mask=states_inside, other=0.0)
-    t, left = b * 0 + start, stop - start
-    fetch(into(0, rows), t, left, in_rows, channels, ASYNC)
-    fetch(into(0, projected), t, left, in_projected, N_STATE, ASYNC_PROJECTED)
+    fetch(into(0, rows), b, start, stop - start, in_rows, channels, UNIT, ASYNC)
+    fetch(into(0, projected), b, start, stop - start, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
     commit()
     slot = 0
     for first in range(start, stop, GROUP):
@@ -376,8 +379,9 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
         Cs.store(raw_Cs.index(slot).load(PROJECTED).to(gl.float32))
         # The next group is on its way while this one is worked on.
         t, left = b * 0 + first, stop - first
-        fetch(into(1 - slot, rows), t + GROUP, left - GROUP, in_rows, channels, ASYNC)
-        fetch(into(1 - slot, projected), t + GROUP, left - GROUP, in_projected, N_STATE, ASYNC_PROJECTED)
+        fetch(into(1 - slot, rows), b, t + GROUP, left - GROUP, in_rows, channels, UNIT, ASYNC)
+        fetch(into(1 - slot, projected), b, t + GROUP, left - GROUP, in_projected, N_STATE, UNIT,
+              ASYNC_PROJECTED)
         commit()
         for k in gl.static_range(GROUP):
             there = inside & (k < left)
@@ -408,12 +412,21 @@ def load_checkpoint(checkpoints, b, first, length, e, n, inside, channels: const
 
 
 @jit
+def leaving_gradient(leaving, A2, own, e, n, inside, channels: constexpr, N_STATE: constexpr,
+                     HAS_LEAVING: constexpr):
+    """What comes from the steps after a segment, [n, channels]."""
+    if HAS_LEAVING:
+        return gl.load(states_at(leaving + own * N_STATE * channels, e, n, channels), mask=inside, other=0.0)
+    return gl.zeros_like(A2)
+
+
+@jit
 def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
                     out, du, ddelta, dz, weight_sums, projected_sums,
                     u_b, u_l: constexpr, delta_b, delta_l: constexpr, B_b, B_l: constexpr, C_b,
                     C_l: constexpr, z_b, z_l: constexpr, dout_b, dout_l: constexpr,
                     dz_b, dz_l: constexpr, UNIT: constexpr, length, channels: constexpr,
-                    N_STATE: constexpr, segment, segments, batch,
+                    N_STATE: constexpr, segment, segments, batch, items, MANY: constexpr,
                     HAS_D: constexpr, HAS_Z: constexpr, HAS_BIAS: constexpr, SOFTPLUS: constexpr,
                     HAS_LEAVING: constexpr, HAS_OUT: constexpr, N: constexpr, BLOCK: constexpr,
                     LANES_N: constexpr, LANES_E: constexpr, STATES: constexpr, OWN: constexpr,
@@ -431,7 +444,8 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
     k_projected, n_projected = arange(GROUP, along(along(SUMS, 1), 1)), arange(N, along(along(SUMS, 1), 0))
     own_inside = own_e < channels
     states_inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
-    b = (gl.program_id(1) // segments).to(gl.int64)
+    # With MANY, of `items` sequences of one segment each; else of one segment of one sequence.
+    b = (gl.program_id(1) // segments * items).to(gl.int64)
     part = gl.program_id(1) % segments
     A2, D_e, bias_e = load_weights(A, D, bias, e, n, own_e, channels, N_STATE, HAS_D, HAS_BIAS)
 
@@ -454,41 +468,43 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
     zs = shared_group(z, GROUP, BLOCK) if HAS_Z else us
     raw_Bs, past_raw_Bs = shared_group(B, GROUP, N), shared_group(B, GROUP, N)
     raw_Cs = shared_group(C, GROUP, N)
-    u_0, delta_0, z_0 = u + b * u_b * UNIT, delta + b * delta_b * UNIT, z + b * z_b * UNIT
-    B_0, C_0, dout_0 = B + b * B_b * UNIT, C + b * C_b * UNIT, dout + b * dout_b * UNIT
-    rows = (us, deltas, douts), (u_0, delta_0, dout_0), (u_l, delta_l, dout_l)
+    rows = (us, deltas, douts), (u, delta, dout), (u_b, delta_b, dout_b), (u_l, delta_l, dout_l)
     if HAS_Z:
-        rows = (us, deltas, douts, zs), (u_0, delta_0, dout_0, z_0), (u_l, delta_l, dout_l, z_l)
-    projected = (raw_Bs, raw_Cs), (B_0, C_0), (B_l, C_l)
-    past_rows = (past_us, past_deltas), (u_0, delta_0), (u_l, delta_l)
-    past_projected = (past_raw_Bs,), (B_0,), (B_l,)
+        rows = ((us, deltas, douts, zs), (u, delta, dout, z), (u_b, delta_b, dout_b, z_b),
+                (u_l, delta_l, dout_l, z_l))
+    projected = (raw_Bs, raw_Cs), (B, C), (B_b, C_b), (B_l, C_l)
+    past_rows = (past_us, past_deltas), (u, delta), (u_b, delta_b), (u_l, delta_l)
+    past_projected = (past_raw_Bs,), (B,), (B_b,), (B_l,)
     in_rows = arange(GROUP, along(ROWS, 1)), gl.program_id(0) * BLOCK + arange(BLOCK, along(ROWS, 0))
     in_projected = arange(GROUP, along(PROJECTED, 1)), arange(N, along(PROJECTED, 0))
 
-    g = gl.zeros_like(A2)
-    if HAS_LEAVING:
-        g = gl.load(states_at(leaving + (b * segments + part) * N_STATE * channels, e, n, channels),
-                    mask=states_inside, other=0.0)
     dA_sum = gl.zeros_like(A2)
     dD_sum = gl.zeros_like(D_e)
     dbias_sum = gl.zeros_like(D_e)
-    before = start + (groups - 1) * GROUP
-    h = load_checkpoint(checkpoints, b, before, length, e, n, states_inside, channels, N_STATE, CHUNK)
-    fetch(rows, b * 0 + before, stop - before, in_rows, channels, ASYNC)
-    fetch(projected, b * 0 + before, stop - before, in_projected, N_STATE, ASYNC_PROJECTED)
-    past = before // CHUNK * CHUNK
-    fetch(past_rows, b * 0 + past, stop - past, in_rows, channels, ASYNC)
-    fetch(past_projected, b * 0 + past, stop - past, in_projected, N_STATE, ASYNC_PROJECTED)
+    g = gl.zeros_like(A2)
+    last = start + (groups - 1) * GROUP
+    before, next_b = last, b
+    h = load_checkpoint(checkpoints, b, last, length, e, n, states_inside, channels, N_STATE, CHUNK)
+    fetch(rows, b, last, stop - last, in_rows, channels, UNIT, ASYNC)
+    fetch(projected, b, last, stop - last, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
+    past = last // CHUNK * CHUNK
+    fetch(past_rows, b, past, stop - past, in_rows, channels, UNIT, ASYNC)
+    fetch(past_projected, b, past, stop - past, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
     commit()
-    for i in range(groups):
-        first = start + (groups - 1 - i) * GROUP
-        left = stop - first
+    count = groups
+    if MANY:
+        count = groups * gl.minimum(items, batch - gl.program_id(1) * items)
+    for _ in range(count):
+        first, left, b = before, stop - before, next_b
+        if first == last:
+            g = leaving_gradient(leaving, A2, b * segments + part, e, n, states_inside, channels, N_STATE,
+                                 HAS_LEAVING)
         arrived()
         for past in range(first // CHUNK * CHUNK, first, GROUP):  # from the checkpoint to this group
             if CHUNK > 2 * GROUP:
                 if past % CHUNK > 0:  # the first of them is here already
-                    fetch(past_rows, b * 0 + past, GROUP, in_rows, channels, ASYNC)
-                    fetch(past_projected, b * 0 + past, GROUP, in_projected, N_STATE, ASYNC_PROJECTED)
+                    fetch(past_rows, b, past, GROUP, in_rows, channels, UNIT, ASYNC)
+                    fetch(past_projected, b, past, GROUP, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
                     commit()
                     arrived()
             Bs.store(past_raw_Bs.load(PROJECTED).to(gl.float32))
@@ -520,12 +536,18 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
             xs[k].store((dt[k] * u_[k])[None, :])
             dys[k].store(dy[k][None, :])
         # The group before is on its way while this one is worked on.
-        before = gl.maximum(first - GROUP, start)
-        fetch(rows, b * 0 + before, whole, in_rows, channels, ASYNC)
-        fetch(projected, b * 0 + before, whole, in_projected, N_STATE, ASYNC_PROJECTED)
+        before, to_come = gl.maximum(first - GROUP, start), whole
+        if MANY:
+            done = (first == start).to(gl.int32)
+            before += done * (last - start)
+            next_b, to_come = gl.minimum(b + done, batch - 1), stop - before
+        fetch(rows, next_b, before, to_come, in_rows, channels, UNIT, ASYNC)
+        fetch(projected, next_b, before, to_come, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
         past = before // CHUNK * CHUNK
-        fetch(past_rows, b * 0 + past, whole, in_rows, channels, ASYNC)
-        fetch(past_projected, b * 0 + past, whole, in_projected, N_STATE, ASYNC_PROJECTED)
+        if MANY:
+            to_come = stop - past
+        fetch(past_rows, next_b, past, to_come, in_rows, channels, UNIT, ASYNC)
+        fetch(past_projected, next_b, past, to_come, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
         commit()
 
         # The states, forwards.
@@ -554,7 +576,8 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
                  mask=projected_inside)
 
         # Their gradients, backwards; the registers of the states are free for those of the group before.
-        h = load_checkpoint(checkpoints, b, before, length, e, n, states_inside, channels, N_STATE, CHUNK)
+        h = load_checkpoint(checkpoints, next_b, before, length, e, n, states_inside, channels, N_STATE,
+                            CHUNK)
         dB_parts = ()
         for k in gl.static_range(GROUP - 1, -1, -1):
             g += column_of(Cs, k).load(STATES) * dys[k].load(STATES)
@@ -580,7 +603,7 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
             gl.store(ddelta + (t + k) * channels + own_e, d_delta.to(ddelta.dtype.element_ty), mask=there)
             dD_sum += dy[k] * u_[k]
             dbias_sum += d_delta
-    own = weight_sums + (b * segments + part) * (N_STATE + 2) * channels
+    own = weight_sums + gl.program_id(1).to(gl.int64) * (N_STATE + 2) * channels
     gl.store(states_at(own, e, n, channels), dA_sum, mask=states_inside)
     gl.store(own + N_STATE * channels + own_e, dD_sum, mask=own_inside)
     gl.store(own + (N_STATE + 1) * channels + own_e, dbias_sum, mask=own_inside)
@@ -598,35 +621,37 @@ def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
                    REVERSE: constexpr, N: constexpr, BLOCK: constexpr, STATES: constexpr,
                    ROWS: constexpr, PROJECTED: constexpr, ASYNC: constexpr, ASYNC_PROJECTED: constexpr,
                    GROUP: constexpr):
-    """What one segment adds to the state after it (or, in REVERSE, to the gradient before it), and its ΣΔ."""
+    """What one segment adds to the state after it (or, in REVERSE, to the gradient before it), and its ΣΔ.
+
+    Of the last (in REVERSE the first) segment nobody asks.
+    """
     e = gl.program_id(0) * BLOCK + arange(BLOCK, along(STATES, 0))
     n = arange(N, along(STATES, 1))
     inside = e < channels
-    b = (gl.program_id(1) // segments).to(gl.int64)
-    part = gl.program_id(1) % segments
+    b = (gl.program_id(1) // (segments - 1)).to(gl.int64)
+    part = gl.program_id(1) % (segments - 1)
+    if REVERSE:
+        part += 1
     A2, _, bias_e = load_weights(A, A, bias, e, n, e, channels, N_STATE, False, HAS_BIAS)
 
     start = part * segment
     stop = gl.minimum(start + segment, length)
     # Forward it is u and B that drive the state; in reverse the gradient of y, and C, and time counts down.
-    delta_0 = delta + b * delta_b * UNIT
     deltas = shared_groups(delta, GROUP, BLOCK)
     if REVERSE:
-        t = b * 0 - (stop - 1)
+        t = 1 - stop
         xs, raw_ontos = shared_groups(dout, GROUP, BLOCK), shared_groups(C, GROUP, N)
-        x_0, z_0, onto_0 = dout + b * dout_b * UNIT, z + b * z_b * UNIT, C + b * C_b * UNIT
-        rows = (xs, deltas), (x_0, delta_0), (-dout_l, -delta_l)
-        projected = (raw_ontos,), (onto_0,), (-C_l,)
+        rows = (xs, deltas), (dout, delta), (dout_b, delta_b), (-dout_l, -delta_l)
+        projected = (raw_ontos,), (C,), (C_b,), (-C_l,)
         zs = xs
         if HAS_Z:
             zs = shared_groups(z, GROUP, BLOCK)
-            rows = (xs, deltas, zs), (x_0, delta_0, z_0), (-dout_l, -delta_l, -z_l)
+            rows = (xs, deltas, zs), (dout, delta, z), (dout_b, delta_b, z_b), (-dout_l, -delta_l, -z_l)
     else:
-        t = b * 0 + start
+        t = start
         xs, raw_ontos = shared_groups(u, GROUP, BLOCK), shared_groups(B, GROUP, N)
-        x_0, onto_0 = u + b * u_b * UNIT, B + b * B_b * UNIT
-        rows = (xs, deltas), (x_0, delta_0), (u_l, delta_l)
-        projected = (raw_ontos,), (onto_0,), (B_l,)
+        rows = (xs, deltas), (u, delta), (u_b, delta_b), (u_l, delta_l)
+        projected = (raw_ontos,), (B,), (B_b,), (B_l,)
     in_rows = arange(GROUP, along(ROWS, 1)), gl.program_id(0) * BLOCK + arange(BLOCK, along(ROWS, 0))
     in_projected = arange(GROUP, along(PROJECTED, 1)), arange(N, along(PROJECTED, 0))
     ontos = shared(GROUP, N)
@@ -634,8 +659,8 @@ def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
     h = gl.zeros_like(A2)
     delta_sum = gl.zeros_like(bias_e)
     left = stop - start
-    fetch(into(0, rows), t, left, in_rows, channels, ASYNC)
-    fetch(into(0, projected), t, left, in_projected, N_STATE, ASYNC_PROJECTED)
+    fetch(into(0, rows), b, t, left, in_rows, channels, UNIT, ASYNC)
+    fetch(into(0, projected), b, t, left, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
     commit()
     slot = 0
     for _ in range(0, stop - start, GROUP):
@@ -643,8 +668,8 @@ def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
         ontos.store(raw_ontos.index(slot).load(PROJECTED).to(gl.float32))
         now_left, t, left = left, t + GROUP, left - GROUP
         # The next group is on its way while this one is worked on.
-        fetch(into(1 - slot, rows), t, left, in_rows, channels, ASYNC)
-        fetch(into(1 - slot, projected), t, left, in_projected, N_STATE, ASYNC_PROJECTED)
+        fetch(into(1 - slot, rows), b, t, left, in_rows, channels, UNIT, ASYNC)
+        fetch(into(1 - slot, projected), b, t, left, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
         commit()
         for k in gl.static_range(GROUP):
             dt = step_size(row_of(deltas.index(slot), k, STATES) + bias_e, inside & (k < now_left), SOFTPLUS)
@@ -678,15 +703,16 @@ def carry_kernel(A, carried, delta_sums, begin, entering, channels: constexpr, N
     h = gl.zeros_like(A2)
     if HAS_BEGIN:
         h = gl.load(states_at(begin + b * N_STATE * channels, e, n, channels), mask=inside, other=0.0)
-    for i in range(segments):
-        part = i
-        if REVERSE:
-            part = segments - 1 - i
-        own = b * segments + part
+    own, step = b * segments, 1
+    if REVERSE:
+        own, step = b * segments + segments - 1, -1
+    for _ in range(segments - 1):
         gl.store(states_at(entering + own * N_STATE * channels, e, n, channels), h, mask=inside)
         total = gl.load(delta_sums + own * channels + e, mask=e < channels, other=0.0)
         added = gl.load(states_at(carried + own * N_STATE * channels, e, n, channels), mask=inside, other=0.0)
         h = gl.exp2(total[None, :] * A2) * h + added
+        own += step
+    gl.store(states_at(entering + own * N_STATE * channels, e, n, channels), h, mask=inside)
 
 
 # ---- Sums over programs ------------------------------------------------------------------------------------
@@ -798,21 +824,23 @@ def backward_into(du: Tensor, ddelta: Tensor, dB: Tensor, dC: Tensor, dz: Tensor
         return torch.empty(shape, device=u.device)
 
     # What each program has of ∂A, ∂D and ∂Δ bias, and each channel block of ∂B and ∂C.
-    weight_sums, projected_sums = empty(b * segments, n + 2, e), empty(blocks, 2, b, l, n)
+    programs = triton.cdiv(b, plan.items) * segments
+    weight_sums, projected_sums = empty(programs, n + 2, e), empty(blocks, 2, b, l, n)
     unit = _unit(u, delta, B, C, z, dout)
-    backward_kernel[(blocks, b * segments)](
+    backward_kernel[(blocks, programs)](
         u, delta, A, B, C, A if D is None else D, u if z is None else z,
         A if delta_bias is None else delta_bias, checkpoints, dout, u if leaving is None else leaving,
         u if out is None else out, du, ddelta, du if dz is None else dz, weight_sums, projected_sums,
-        *_strides(unit, u, delta, B, C, z, dout), *([0, 0] if dz is None else dz.stride()[:2]), unit, l, e, n,
-        plan.segment, segments, b, ASYNC=_async(unit, u, delta, z, dout), ASYNC_PROJECTED=_async(unit, B, C),
+        *_strides(unit, u, delta, B, C, z, dout), *_strides(1, dz), unit, l, e, n, plan.segment, segments,
+        b, plan.items, MANY=plan.items > 1,
         HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus,
         HAS_LEAVING=leaving is not None, HAS_OUT=out is not None, CHUNK=chunk, GROUP=GROUP,
+        ASYNC=_async(unit, u, delta, z, dout), ASYNC_PROJECTED=_async(unit, B, C),
         **plan.arguments(n, 16 // u.element_size(), backward=True))
     dA, dD, dbias = empty(e, n), empty(e), empty(e)
     rows, columns = 32, 32
     sum_weights_kernel[(triton.cdiv((n + 2) * e, columns),)](
-        weight_sums, dA, dD, dbias, b * segments, e, n, ROWS=rows, COLUMNS=columns,
+        weight_sums, dA, dD, dbias, programs, e, n, ROWS=rows, COLUMNS=columns,
         TILE=None if INTERPRETED else gl.BlockedLayout([8, 1], [1, 32], [4, 1], [1, 0]), num_warps=4)
     columns = 256
     sum_projected_kernel[(triton.cdiv(2 * b * l * n, columns),)](
@@ -832,7 +860,7 @@ def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_s
     carried, entering = torch.empty(2, b, segments, n, e, device=u.device)
     delta_sums = torch.empty(b, segments, e, device=u.device)
     unit = _unit(u, delta, B, C, z, dout)
-    segment_kernel[(triton.cdiv(e, plan.block), b * segments)](
+    segment_kernel[(triton.cdiv(e, plan.block), b * (segments - 1))](
         u, delta, A, B, C, u if z is None else z, A if delta_bias is None else delta_bias, dout, carried,
         delta_sums, *_strides(unit, u, delta, B, C, z, dout), unit, l, e, n, plan.segment, segments,
         HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, REVERSE=reverse,

@@ -99,6 +99,18 @@ def test_output_and_every_gradient(shape, dtype, seed, device):
 
 
 @runs_here
+def test_sequences_that_share_a_program(seed, device):
+    from selective_scan import cuda
+
+    tensors = make((7, 9, 20, 4), torch.float32, device)
+    weights = torch.randn(7, 9, 20, device=device), torch.randn(7, 20, 4, device=device)
+    right = results("reference", [tensor.double() for tensor in tensors], weights)
+    with mock.patch.object(cuda, "RESIDENT", 2):  # as if there were room for two: one takes four, one three
+        assert cuda._plan(7, 9, 20, 4, cuda.CHUNK, backward=True).items == 4
+        assert_close(results("triton", tensors, weights), right, torch.float32)
+
+
+@runs_here
 @pytest.mark.parametrize(("absent", "softplus"), [((), False), ((5,), True), ((6,), False), ((7,), True),
                                                   ((5, 6, 7), False)], ids=str)
 def test_optional_arguments(absent, softplus, seed, device):
