@@ -7,16 +7,19 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 
-# Done before a script by `patched`: no pictures for TensorBoard, which take longer than runs as short as the
-# tests', nor the import of what draws.
+# For `patched`: no pictures for TensorBoard, which take longer than runs as short as the tests'.
 UNDRAWN = """
+from run_log import RunLog
+
+RunLog.draws = lambda *_, **__: False
+"""
+# Nor the import of what draws.
+LIGHT = f"""
 import types
 
 for name in ("figures", "scan_figures"):
     sys.modules[name] = types.ModuleType(name)
-from run_log import RunLog
-
-RunLog.draws = lambda *_, **__: False
+{UNDRAWN}
 """
 
 

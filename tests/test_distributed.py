@@ -24,7 +24,8 @@ import checkpoint
 import distributed
 import train_mamba
 from run_log import RunLog
-from tests.commands import UNDRAWN, patched
+from tests import pieces
+from tests.commands import LIGHT, patched
 
 ROOT = Path(__file__).parent.parent
 ENDED = 30  # seconds in which a run of several processes ends when it is told to, or one of them dies
@@ -107,7 +108,7 @@ def running(tmp_path) -> Iterator[list[subprocess.Popen]]:
     for name in "01":
         (tmp_path / name).mkdir()
         started = command(2, *SMALL, "--epochs", 1000, "--checkpoint-every", 5,
-                          script=patched(tmp_path / name, UNDRAWN))
+                          script=patched(tmp_path / name, LIGHT))
         processes.append(subprocess.Popen(started, cwd=tmp_path / name, stdout=subprocess.PIPE,
                                           stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True))
     for process in processes:
@@ -164,7 +165,7 @@ def test_a_run_goes_on_with_another_number_of_processes(then, one, two, tmp_path
     if then == 1:
         train_here(tmp_path, "--resume")
     else:
-        train(tmp_path, 2, "--resume", code=UNDRAWN)
+        train(tmp_path, 2, "--resume", code=LIGHT)
     ours, theirs = dict(curve(tmp_path)), dict(curve(one))
     assert set(ours) == set(theirs) | {30}
     assert all(ours[step] == pytest.approx(theirs[step], rel=1e-4) for step in theirs)
@@ -227,7 +228,7 @@ def parent(process: Path) -> int | None:
 def test_a_wrong_command_is_one_line_for_all_processes(arguments, says, tmp_path):
     (tmp_path / "place").mkdir()
     (tmp_path / "place" / "file").write_text("")
-    done = subprocess.run(command(2, *SMALL, *arguments, script=patched(tmp_path, UNDRAWN)),
+    done = subprocess.run(command(2, *SMALL, *arguments, script=patched(tmp_path, LIGHT)),
                           cwd=tmp_path / "place", capture_output=True, encoding="utf-8", timeout=SOON)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and done.stdout == ""
@@ -239,70 +240,11 @@ def test_a_wrong_command_is_one_line_for_all_processes(arguments, says, tmp_path
 # ---- Pieces, in processes of our own
 
 
-def alone(rank: int, size: int, port: int, images: torch.Tensor, weights: torch.Tensor) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    torch.set_num_threads(1)
-    with distributed.processes():
-        check_batch_norm(images, weights)
-        check_pieces()
-
-
-def check_batch_norm(images: torch.Tensor, weights: torch.Tensor) -> None:
-    """A part in each process: outputs, gradients and running statistics are those of the whole batch."""
-    torch.manual_seed(0)
-    plain = nn.BatchNorm2d(3, momentum=0.3)
-    nn.init.normal_(plain.weight)
-    nn.init.normal_(plain.bias)
-    shared = distributed.SharedBatchNorm.of(nn.BatchNorm2d(3, momentum=0.3))
-    shared.load_state_dict(plain.state_dict())
-    part = distributed.part(len(images)).images
-    whole, own = images.clone().requires_grad_(), images[part].clone().requires_grad_()
-    expected, got = plain(whole), shared(own)
-    (expected * weights).sum().backward()
-    (got * weights[part]).sum().backward()
-    torch.testing.assert_close(got, expected[part], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(own.grad, whole.grad[part], rtol=1e-4, atol=1e-5)
-    for name in ("weight", "bias"):
-        gradient = distributed.total(getattr(shared, name).grad)
-        torch.testing.assert_close(gradient, getattr(plain, name).grad, rtol=1e-4, atol=1e-4)
-    for (name, a), (_, b) in zip(shared.named_buffers(), plain.named_buffers(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
-    torch.testing.assert_close(shared.eval()(images), plain.eval()(images))
-
-
-def check_pieces() -> None:
-    size, rank = distributed.size(), distributed.rank()
-    for batch in (size, 7, 50):
-        parts = [None] * size
-        dist.all_gather_object(parts, distributed.part(batch))
-        covered = [image for part in parts for image in range(batch)[part.images]]
-        assert covered == list(range(batch)), "each image once, in order"
-        assert sum(part.weight for part in parts) == pytest.approx(size)
-    few = distributed.part(1)
-    assert (few.weight, few.copies) == (1.0, size)
-    assert few.total(torch.tensor([3.0])) == 3.0
-    for images in (1, 2, 5, 7):
-        inputs, labels = torch.arange(images), torch.arange(images) * 10
-        rows = distributed.compute_in_parts(lambda a, b: torch.stack([a, b], 1).float(), inputs, labels)
-        assert torch.equal(rows, torch.stack([inputs, labels], 1).float())
-    shared = {"path": Path("a/b"), "numbers": [rank, 1.5, None], "tensor": torch.full((3,), rank)}
-    got = distributed.of_the_first(lambda: shared)
-    assert got["path"] == Path("a/b") and got["numbers"] == [0, 1.5, None] and got["tensor"].sum() == 0
-    assert distributed.agreed(rank == size - 1) and not distributed.agreed(False)
-    assert distributed.is_writer() == (rank == 0)
-    distributed.draw_apart(3, 5)
-    drawn = [None] * size
-    dist.all_gather_object(drawn, torch.rand(1).item())
-    assert len(set(drawn)) == size
-
-
 def test_pieces_in_three_processes(seed):
     images = 5 + 3 * torch.randn(7, 3, 4, 5)
     # Ours, as torchrun has one: it keeps the port that it is given, which nobody else can take.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(alone, (3, store.port, images, torch.randn_like(images)), nprocs=3)
+    torch.multiprocessing.spawn(pieces.alone, (3, store.port, images, torch.randn_like(images)), nprocs=3)
 
 
 def test_one_process_is_left_alone():
