@@ -7,19 +7,16 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 
-# For `patched`: no pictures for TensorBoard, which take longer than runs as short as the tests'.
-UNDRAWN = """
-from run_log import RunLog
-
-RunLog.draws = lambda *_, **__: False
-"""
-# Nor the import of what draws.
-LIGHT = f"""
+# For `patched`: no pictures for TensorBoard, which take longer than runs as short as the tests', nor the
+# import of what draws.
+LIGHT = """
 import types
 
 for name in ("figures", "scan_figures"):
     sys.modules[name] = types.ModuleType(name)
-{UNDRAWN}
+from run_log import RunLog
+
+RunLog.draws = lambda *_, **__: False
 """
 
 
