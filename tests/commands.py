@@ -7,6 +7,18 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 
+# For `patched`: no pictures for TensorBoard, which take longer than runs as short as the tests', nor the
+# import of what draws.
+LIGHT = """
+import types
+
+for name in ("figures", "scan_figures"):
+    sys.modules[name] = types.ModuleType(name)
+from run_log import RunLog
+
+RunLog.draws = lambda *_, **__: False
+"""
+
 
 class Ended(NamedTuple):
     """What a command leaves."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
 
+import gc
 import os
 import signal
 import sys
@@ -15,7 +16,6 @@ import pytest
 import torch
 
 from errors import run_script
-from run_log import RunLog
 from tests.commands import Ended
 
 # Hypothesis would fail a test whose examples are drawn slowly, and a busy machine draws slowly. A folder that
@@ -44,6 +44,13 @@ def pytest_collection_modifyitems(config, items) -> None:
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(pytest.mark.skip(reason="--full only"))
+
+
+def pytest_collection_finish() -> None:
+    # What is there to stay: PyTorch's modules and the tests. Or each full collection, which the benchmarks
+    # ask for again and again, would look through half a second's worth of objects.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header(config) -> str:
@@ -86,6 +93,8 @@ def command(tmp_path, monkeypatch, capfd):
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
     """No pictures for TensorBoard, which take longer than runs as short as the tests'."""
+    from run_log import RunLog  # slow to import, and not needed where Triton is interpreted
+
     monkeypatch.setattr(RunLog, "draws", lambda *_, **__: False)
 
 

@@ -10,8 +10,10 @@ import pytest
 
 import checkpoint
 import presets
+import trials
 from benchmarks import accuracy
 from mamba_ssm_simple import VisionMamba2
+from tests.commands import LIGHT, patched
 from trials import Outcome, Trial
 
 SMALL = "--dataset digits --epochs 1 --limit-train 64 --d-model 16 --num-blocks 1 --d-state 4 --device cpu"
@@ -118,7 +120,8 @@ def test_validation_needs_images_that_are_held_out(call, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_whole_command(call, tmp_path):
+def test_the_whole_command(call, tmp_path, monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(trials, "SCRIPT", patched(tmp_path_factory.mktemp("script"), LIGHT))
     status, _, err = call(f"--name small --seeds 2 --jobs 2 -- {SMALL} --lr 1e-2")
     assert (status, err) == (0, "")
     result = written(tmp_path)

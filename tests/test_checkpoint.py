@@ -144,6 +144,7 @@ def test_a_folder_that_cannot_be_is_told_in_one_line(tmp_path):
 SAVE_ON_AND_ON = """
 import sys, itertools, pathlib, torch, checkpoint
 contents = eval(sys.argv[2])
+sys.stdin.readline() or sys.exit()
 for epoch in itertools.count():
     weight = torch.full((200_000,), float(epoch))
     checkpoint.save(pathlib.Path(sys.argv[1]), {**contents, "model": {"weight": weight}, "epoch": epoch},
@@ -154,12 +155,16 @@ for epoch in itertools.count():
 
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is of POSIX")
 def test_a_kill_during_the_write_leaves_a_whole_checkpoint(tmp_path, seed):
-    """Three processes that do nothing but save, each killed at a random moment."""
+    """Three processes that do nothing but save, one after another, each killed at a random moment."""
     path, moments = tmp_path / "a.last.pt", random.Random(seed)
     plain = repr({key: value for key, value in CONTENTS.items() if key != "model"})
-    for _ in range(3):
-        with subprocess.Popen([sys.executable, "-c", SAVE_ON_AND_ON, str(path), plain], cwd=ROOT,
-                              stdout=subprocess.PIPE, text=True) as process:
+    processes = [subprocess.Popen([sys.executable, "-c", SAVE_ON_AND_ON, str(path), plain], cwd=ROOT,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                 for _ in range(3)]  # at once, for their imports
+    for process in processes:
+        with process:
+            process.stdin.write("\n")
+            process.stdin.flush()
             for _ in range(3):
                 told = int(process.stdout.readline())
             time.sleep(moments.random() / 20)

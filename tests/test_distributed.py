@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,10 @@ from torch import nn
 
 import checkpoint
 import distributed
-from tests.commands import patched
+import train_mamba
+from run_log import RunLog
+from tests import pieces
+from tests.commands import LIGHT, patched
 
 ROOT = Path(__file__).parent.parent
 ENDED = 30  # seconds in which a run of several processes ends when it is told to, or one of them dies
@@ -36,50 +40,85 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or os.name == "nt",
 
 def command(processes: int, *arguments: object, script: Path = ROOT / "train_mamba.py") -> list[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else ()), str(script), *map(str, arguments)]
+    return [sys.executable, *launcher, str(script), *map(str, arguments)]
 
 
-def train(place: Path, processes: int, *arguments: object, code: str = "") -> str:
+def train(place: Path, processes: int, *arguments: object, code: str) -> str:
     """What a run prints that may warn of nothing; `code` is done before it."""
-    started = command(processes, *arguments, **({"script": patched(place, code)} if code else {}))
-    done = subprocess.run(started, cwd=place, capture_output=True, encoding="utf-8", timeout=300)
+    done = subprocess.run(command(processes, *arguments, script=patched(place, code)), cwd=place,
+                          capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr.replace("OMP_NUM_THREADS", "")
     return done.stdout
 
 
-# No pictures for TensorBoard, which take longer than runs as short as these, nor the import of what draws.
-UNDRAWN = """
-import types
+def train_here(place: Path, *arguments: object) -> None:
+    """A run of one process: of this one, as another takes seconds to import PyTorch."""
+    precision = torch.get_float32_matmul_precision()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(RunLog, "draws", lambda *_, **__: False)
+        patch.setattr(sys, "argv", ["train_mamba.py", *map(str, arguments)])
+        train_mamba.main()
+    torch.set_float32_matmul_precision(precision)
 
-for name in ("figures", "scan_figures"):
-    sys.modules[name] = types.ModuleType(name)
-from run_log import RunLog
 
-RunLog.draws = lambda *_, **__: False
+# Leaves in killed/ what a kill would leave after the checkpoint at step 30, of 46.
+KEPT = """
+import shutil
+import checkpoint
+
+save = checkpoint.save
+
+def kept(path, contents, **options):
+    save(path, contents, **options)
+    if contents.get("step") == 30:
+        for name in ("runs", "checkpoints"):
+            shutil.copytree(name, f"killed/{name}")
+
+checkpoint.save = kept
 """
-
-
-@pytest.fixture
-def running(tmp_path) -> Iterator[subprocess.Popen]:
-    """A run of two processes that has finished an epoch, in a process group of its own."""
-    started = command(2, *SMALL, "--epochs", 100, "--checkpoint-every", 5, script=patched(tmp_path, UNDRAWN))
-    process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               encoding="utf-8", start_new_session=True)
-    while not (line := process.stdout.readline()).startswith("epoch"):
-        assert line, process.stderr.read()
-    yield process
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    """A run of one process."""
+    """A run of one process, and what a kill would have left of it."""
     place = tmp_path_factory.mktemp("one")
-    train(place, 1, *SMALL, code=UNDRAWN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", checkpoint.save)  # set back afterwards
+        exec(KEPT, {})
+        train_here(place, *SMALL, "--checkpoint-every", 30)
     return place
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, str]:
+    """A run of two processes, what a kill would have left of it, and what it printed."""
+    place = tmp_path_factory.mktemp("two")
+    return place, train(place, 2, *SMALL, "--checkpoint-every", 30, code=KEPT)
+
+
+@pytest.fixture
+def running(tmp_path) -> Iterator[list[subprocess.Popen]]:
+    """Two runs of two processes that have finished an epoch, each in a process group of its own.
+
+    Side by side, as the launcher and much of what the processes import leave a core idle; in folders 0 and 1.
+    """
+    processes = []
+    for name in "01":
+        (tmp_path / name).mkdir()
+        started = command(2, *SMALL, "--epochs", 1000, "--checkpoint-every", 5,
+                          script=patched(tmp_path / name, LIGHT))
+        processes.append(subprocess.Popen(started, cwd=tmp_path / name, stdout=subprocess.PIPE,
+                                          stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True))
+    for process in processes:
+        while not (line := process.stdout.readline()).startswith("epoch"):
+            assert line, process.stderr.read()
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def curve(place: Path) -> list[tuple[int, float]]:
@@ -108,64 +147,43 @@ def assert_same_curve(place: Path, one: Path) -> None:
 # ---- torchrun
 
 
-def test_two_processes_train_as_one(one, tmp_path):
-    out = train(tmp_path, 2, *SMALL)
+def test_two_processes_train_as_one(one, two):
+    place, out = two
     assert "25 a step in each of 2 processes, 50 together" in out
     assert out.count("epoch 1/2") == out.count("best on validation") == 1
-    assert_same_curve(tmp_path, one)
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+    assert_same_curve(place, one)
+    assert {path.name for path in (place / "checkpoints").iterdir()} == {
         "run.pt", "run.last.pt", "run.last.pt.previous"}
-    assert len(list((tmp_path / "runs" / "run").glob("events*"))) == 2, "one writer; the second is of HParams"
+    assert len(list((place / "runs" / "run").glob("events*"))) == 2, "one writer; the second is of HParams"
 
 
-# Says that the checkpoint of step 30 is written, and trains no further.
-HELD = """
-import time
-import checkpoint
-
-save = checkpoint.save
-
-def held(path, contents, **options):
-    save(path, contents, **options)
-    if contents.get("step") == 30:
-        print("saved", flush=True)
-        time.sleep(600)
-
-checkpoint.save = held
-"""
-
-
-@pytest.mark.parametrize(("first", "then"), [pytest.param(2, 1, marks=pytest.mark.full), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(first, then, one, tmp_path):
+@pytest.mark.parametrize("then", [1, 2])
+def test_a_run_goes_on_with_another_number_of_processes(then, one, two, tmp_path):
     """Killed after the checkpoint at step 30, of 46."""
-    started = command(first, *SMALL, "--checkpoint-every", 30, script=patched(tmp_path, UNDRAWN + HELD))
-    process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               encoding="utf-8", start_new_session=True)
-    while (line := process.stdout.readline()) != "saved\n":
-        assert line, "it ended before"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    shutil.copytree((one if then == 2 else two[0]) / "killed", tmp_path, dirs_exist_ok=True)
     assert checkpoint.load_good(tmp_path / "checkpoints" / "run.last.pt")["step"] == 30
-    train(tmp_path, then, "--resume", code=UNDRAWN)
+    if then == 1:
+        train_here(tmp_path, "--resume")
+    else:
+        train(tmp_path, 2, "--resume", code=LIGHT)
     ours, theirs = dict(curve(tmp_path)), dict(curve(one))
     assert set(ours) == set(theirs) | {30}
     assert all(ours[step] == pytest.approx(theirs[step], rel=1e-4) for step in theirs)
     assert [line["epoch"] for line in metrics(tmp_path)] == [1, 2]
 
 
-@pytest.mark.parametrize("whole_group", [True, False], ids=["Ctrl-C in a terminal", "SIGINT to torchrun"])
-def test_ctrl_c_saves_and_ends_all(whole_group, running, tmp_path):
+def test_ctrl_c_saves_and_ends_all(running, tmp_path):
+    """Ctrl-C in a terminal, which all of a run's processes get, and SIGINT to torchrun alone."""
     began = time.monotonic()
-    if whole_group:
-        os.killpg(running.pid, signal.SIGINT)
-    else:
-        running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=SOON)
-    assert time.monotonic() - began < ENDED and running.returncode != 0
-    assert err.count("stopping as soon as the state can be saved\n") == 1
-    assert out.count("go on with: python train_mamba.py --resume checkpoints/run.last.pt") == 1
-    assert checkpoint.load(tmp_path / "checkpoints" / "run.last.pt")["step"] >= 23
-    assert_gone(running.pid)
+    os.killpg(running[0].pid, signal.SIGINT)
+    running[1].send_signal(signal.SIGINT)
+    for name, process in zip("01", running, strict=True):
+        out, err = process.communicate(timeout=SOON)
+        assert time.monotonic() - began < ENDED and process.returncode != 0
+        assert err.count("stopping as soon as the state can be saved\n") == 1
+        assert out.count("go on with: python train_mamba.py --resume checkpoints/run.last.pt") == 1
+        assert checkpoint.load(tmp_path / name / "checkpoints" / "run.last.pt")["step"] >= 23
+        assert_gone(process.pid)
 
 
 def assert_gone(group: int) -> None:
@@ -177,19 +195,22 @@ def assert_gone(group: int) -> None:
             time.sleep(0.05)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_dying_process_ends_the_others_with_a_line(victim, running, tmp_path):
-    workers = [int(path.name) for path in Path("/proc").glob("[0-9]*") if parent(path) == running.pid]
-    if len(workers) != 2:
+def test_a_dying_process_ends_the_others_with_a_line(running, tmp_path):
+    """The first one of a run, which writes, and the second one."""
+    workers = [sorted(int(path.name) for path in Path("/proc").glob("[0-9]*") if parent(path) == process.pid)
+               for process in running]
+    if [len(found) for found in workers] != [2, 2]:
         pytest.skip("needs /proc")
     began = time.monotonic()
-    os.kill(sorted(workers)[victim], signal.SIGKILL)
-    _, err = running.communicate(timeout=SOON)
-    assert time.monotonic() - began < ENDED and running.returncode != 0
-    lines = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "--resume" in lines[0] and "another" in lines[0]
-    assert "train_mamba.py\", line" not in err
-    assert checkpoint.load_good(tmp_path / "checkpoints" / "run.last.pt")["epoch"] >= 1
+    for victim, found in enumerate(workers):
+        os.kill(found[victim], signal.SIGKILL)
+    for name, process in zip("01", running, strict=True):
+        _, err = process.communicate(timeout=SOON)
+        assert time.monotonic() - began < ENDED and process.returncode != 0
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "--resume" in lines[0] and "another" in lines[0]
+        assert "train_mamba.py\", line" not in err
+        assert checkpoint.load_good(tmp_path / name / "checkpoints" / "run.last.pt")["epoch"] >= 1
 
 
 def parent(process: Path) -> int | None:
@@ -205,83 +226,25 @@ def parent(process: Path) -> int | None:
     pytest.param(["--dataset", "mnist", "--data-dir", "file"], "choose another data folder",
                  marks=pytest.mark.full)])
 def test_a_wrong_command_is_one_line_for_all_processes(arguments, says, tmp_path):
-    (tmp_path / "file").write_text("")
-    done = subprocess.run(command(2, *SMALL, *arguments), cwd=tmp_path, capture_output=True, encoding="utf-8",
-                          timeout=SOON)
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "file").write_text("")
+    done = subprocess.run(command(2, *SMALL, *arguments, script=patched(tmp_path, LIGHT)),
+                          cwd=tmp_path / "place", capture_output=True, encoding="utf-8", timeout=SOON)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and done.stdout == ""
     assert says in lines[0] and not any("unrecognized" in line for line in lines)
     assert sum(says in line for line in lines) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert [path.name for path in (tmp_path / "place").iterdir()] == ["file"]
 
 
 # ---- Pieces, in processes of our own
-
-
-def alone(rank: int, size: int, port: int, images: torch.Tensor, weights: torch.Tensor) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    torch.set_num_threads(1)
-    with distributed.processes():
-        check_batch_norm(images, weights)
-        check_pieces()
-
-
-def check_batch_norm(images: torch.Tensor, weights: torch.Tensor) -> None:
-    """A part in each process: outputs, gradients and running statistics are those of the whole batch."""
-    torch.manual_seed(0)
-    plain = nn.BatchNorm2d(3, momentum=0.3)
-    nn.init.normal_(plain.weight)
-    nn.init.normal_(plain.bias)
-    shared = distributed.SharedBatchNorm.of(nn.BatchNorm2d(3, momentum=0.3))
-    shared.load_state_dict(plain.state_dict())
-    part = distributed.part(len(images)).images
-    whole, own = images.clone().requires_grad_(), images[part].clone().requires_grad_()
-    expected, got = plain(whole), shared(own)
-    (expected * weights).sum().backward()
-    (got * weights[part]).sum().backward()
-    torch.testing.assert_close(got, expected[part], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(own.grad, whole.grad[part], rtol=1e-4, atol=1e-5)
-    for name in ("weight", "bias"):
-        gradient = distributed.total(getattr(shared, name).grad)
-        torch.testing.assert_close(gradient, getattr(plain, name).grad, rtol=1e-4, atol=1e-4)
-    for (name, a), (_, b) in zip(shared.named_buffers(), plain.named_buffers(), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
-    torch.testing.assert_close(shared.eval()(images), plain.eval()(images))
-
-
-def check_pieces() -> None:
-    size, rank = distributed.size(), distributed.rank()
-    for batch in (size, 7, 50):
-        parts = [None] * size
-        dist.all_gather_object(parts, distributed.part(batch))
-        covered = [image for part in parts for image in range(batch)[part.images]]
-        assert covered == list(range(batch)), "each image once, in order"
-        assert sum(part.weight for part in parts) == pytest.approx(size)
-    few = distributed.part(1)
-    assert (few.weight, few.copies) == (1.0, size)
-    assert few.total(torch.tensor([3.0])) == 3.0
-    for images in (1, 2, 5, 7):
-        inputs, labels = torch.arange(images), torch.arange(images) * 10
-        rows = distributed.compute_in_parts(lambda a, b: torch.stack([a, b], 1).float(), inputs, labels)
-        assert torch.equal(rows, torch.stack([inputs, labels], 1).float())
-    shared = {"path": Path("a/b"), "numbers": [rank, 1.5, None], "tensor": torch.full((3,), rank)}
-    got = distributed.of_the_first(lambda: shared)
-    assert got["path"] == Path("a/b") and got["numbers"] == [0, 1.5, None] and got["tensor"].sum() == 0
-    assert distributed.agreed(rank == size - 1) and not distributed.agreed(False)
-    assert distributed.is_writer() == (rank == 0)
-    distributed.draw_apart(3, 5)
-    drawn = [None] * size
-    dist.all_gather_object(drawn, torch.rand(1).item())
-    assert len(set(drawn)) == size
 
 
 def test_pieces_in_three_processes(seed):
     images = 5 + 3 * torch.randn(7, 3, 4, 5)
     # Ours, as torchrun has one: it keeps the port that it is given, which nobody else can take.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(alone, (3, store.port, images, torch.randn_like(images)), nprocs=3)
+    torch.multiprocessing.spawn(pieces.alone, (3, store.port, images, torch.randn_like(images)), nprocs=3)
 
 
 def test_one_process_is_left_alone():

@@ -278,7 +278,7 @@ def digit_pictures(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("digits")
     pixels, labels = load_digits(return_X_y=True)
     rng = np.random.default_rng(0)
-    unseen = set(rng.permutation(len(labels))[:40].tolist())
+    unseen = set(rng.permutation(len(labels))[:20].tolist())
     (place / "unseen").mkdir()
     for name in range(10):
         (place / "digits" / f"digit {name}").mkdir(parents=True)
@@ -309,7 +309,7 @@ def run(command, monkeypatch):
 
 
 RUN = ("--dataset", "folder", "--data-dir", "digits", "--image-size", "16", "--patch-size",
-       "4", "--d-model", "32", "--num-blocks", "4", "--d-state", "4", "--lr", "6e-3", "--batch-size", "32",
+       "4", "--d-model", "32", "--num-blocks", "2", "--d-state", "4", "--lr", "1e-2", "--batch-size", "16",
        "--run-name", "digits")
 
 
@@ -319,7 +319,7 @@ def trained(digit_pictures) -> Path:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
         patch.chdir(digit_pictures)
         patch.setattr(RunLog, "draws", lambda *_, **__: False)
-        patch.setattr(sys, "argv", ["train_mamba.py", *RUN, "--epochs", "6", "--device", "cpu"])
+        patch.setattr(sys, "argv", ["train_mamba.py", *RUN, "--epochs", "5", "--device", "cpu"])
         train_mamba.main()
     assert err.getvalue().count("\n") == 2 and "cut.jpg cannot be read" in err.getvalue()
     assert "1 of " in err.getvalue()

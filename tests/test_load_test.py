@@ -56,9 +56,10 @@ def process_of_before():
 
 # In a process of its own: what the other tests have left in the memory of theirs is used, or not, at random.
 ALONE = """
-import sys
+import gc, sys
 sys.path.insert(0, sys.argv.pop(1))
 from benchmarks import load_test
+gc.freeze()  # the modules, or each look would go through them
 load_test.LOOKS = 10
 load_test.main()
 """

@@ -45,15 +45,11 @@ def train(command):
     return functools.partial(command, train_mamba)
 
 
-def script(name: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(ROOT / name), *map(str, arguments)]
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A folder where a run named `run` was trained without interruption, by the command itself."""
     place = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(script("train_mamba.py", *SMALL, "--run-name", "run"), cwd=place,
+    done = subprocess.run([sys.executable, ROOT / "train_mamba.py", *SMALL, "--run-name", "run"], cwd=place,
                           capture_output=True, encoding="utf-8", timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert "epoch 2/2" in done.stdout
@@ -189,7 +185,9 @@ def test_the_demo_shows_it(whole, command, monkeypatch):
     assert report["test"]["accuracy"] == pytest.approx(best["test_accuracy"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_seed_gives_the_same_weights(train, tmp_path, whole):
+    """Whether pictures are drawn or not."""
     assert train(*SMALL, "--run-name", "run").status == 0
     assert_same_run(tmp_path, whole)
 
@@ -241,7 +239,8 @@ Training.train_step = held
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a process")
-def test_ctrl_c_and_resume_as_a_user_does_it(whole, tmp_path):
+@pytest.mark.usefixtures("undrawn")
+def test_ctrl_c_and_resume_as_a_user_does_it(train, whole, tmp_path):
     command = [sys.executable, patched(tmp_path, HELD), *SMALL, "--run-name", "run"]
     with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, encoding="utf-8") as process:
@@ -256,9 +255,8 @@ def test_ctrl_c_and_resume_as_a_user_does_it(whole, tmp_path):
     older = tmp_path / "checkpoints" / "older.last.pt"
     shutil.copy(whole / "checkpoints" / "run.last.pt", older)
     os.utime(older, (0, 0))
-    done = subprocess.run(script("train_mamba.py", "--resume"), cwd=tmp_path, capture_output=True,
-                          encoding="utf-8", timeout=300)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = train("--resume")  # here, in a process that knows nothing of the one that was stopped
+    assert (done.status, done.err) == (0, "")
     assert_same_run(tmp_path, whole)
 
 

@@ -17,6 +17,7 @@ import trials
 import tune_mamba
 from errors import UserError
 from flags import as_flags, explicit, parse_arguments
+from tests.commands import LIGHT, patched
 from trials import Outcome
 
 SMALL = "--dataset digits --epochs 1 --limit-train 64 --d-model 16 --num-blocks 1 --d-state 4 --device cpu"
@@ -162,6 +163,7 @@ def test_any_text_is_a_grid_or_refused_in_one_line(words):
 
 
 def test_the_whole_command_is_not_done_twice_and_its_settings_are_in_tensorboard(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "SCRIPT", patched(tmp_path, LIGHT))
     command = f"--grid lr=1e-2,1e30 --jobs 2 -- {SMALL} --warm-up 0"
     status, out, err = call(command)
     assert (status, err) == (0, "")
