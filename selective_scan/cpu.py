@@ -33,7 +33,7 @@ def exp2(x):
     """2^x for float32, clamped to the normal range; minimax polynomial on [−½, ½]."""
     x = max(min(x, np.float32(127.0)), np.float32(-126.0))
     biased = np.int32(x + np.float32(127.5))  # the nearest exponent; positive, so truncation is floor
-    f = x - np.float32(biased - np.int32(127))
+    f = x - np.float32(np.int32(biased - np.int32(127)))
     p = np.float32(1.5353362e-4)
     p = p * f + np.float32(1.3398874e-3)
     p = p * f + np.float32(9.6184373e-3)
@@ -41,7 +41,7 @@ def exp2(x):
     p = p * f + np.float32(2.4022647e-1)
     p = p * f + np.float32(6.9314720e-1)
     p = p * f + np.float32(1.0)
-    return p * np.int32(biased << np.int32(23)).view(np.float32)
+    return p * np.int32(biased * np.int32(1 << 23)).view(np.float32)
 
 
 @njit(fastmath=FAST, error_model="numpy", inline="always")
