@@ -186,12 +186,18 @@ def scan_on_cuda() -> str:
     found = result("bench_scan_cuda")
     table = found["table"]
     bandwidth = table["copy_bytes_per_second"] / 1e12
+    official = table["mamba_ssm_us"]  # None where mamba_ssm was not installed
+    columns = ["", "(batch, length, channels, states)", "floor", "measured", "aim"]
+    if official:
+        columns.append("mamba_ssm")
     lines = [f"On {machine(found['machine'])}, copy bandwidth {bandwidth:.2f} TB/s. "
              "Median µs, forward / backward; the aims are for an H100.", "",
-             "| | (batch, length, channels, states) | floor | measured | aim |", "|---|---|---|---|---|"]
+             f"| {' | '.join(columns)} |".replace("|  |", "| |"), "|---" * len(columns) + "|"]
     for row in table["rows"]:
-        cells = (" / ".join(f"{value:.0f}" for value in row[key])
-                 for key in ("floor_us", "median_us", "target_us"))
+        times = [row[key] for key in ("floor_us", "median_us", "target_us")]
+        if official:
+            times.append(official[row["name"]])
+        cells = (" / ".join(f"{value:.0f}" for value in pair) for pair in times)
         lines.append(f"| {row['name']} | ({', '.join(map(str, row['shape']))}) | {' | '.join(cells)} |")
     return "\n".join(lines)
 
