@@ -1,8 +1,8 @@
 """The selective scan on CUDA: Triton kernels, nothing to compile at installation.
 
-A program owns one batch item, one block of channels and one segment of time. The states are a tile
-[n, channels] in registers; time is sequential. That keeps the whole chip busy for the short rows of images,
-where a scan along time leaves most threads idle.
+A program owns one batch item (or some, one after another), one block of channels and one segment of time.
+The states are a tile [n, channels] in registers; time is sequential. That keeps the whole chip busy for the
+short rows of images, where a scan along time leaves most threads idle.
 
 What a step waits for is memory and, in the backward, the other lanes. So the inputs of the next group of
 steps are on their way into shared memory while one group is worked on; registers would not do, because what
@@ -44,7 +44,7 @@ if INTERPRETED:  # Triton's interpreter runs the same source on a CPU; layouts m
         along,
         arange,
         arrived,
-        commit,
+        asked,
         copy,
         shared,
         shared_group,
@@ -57,7 +57,7 @@ else:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-    copy, commit = async_copy.async_copy_global_to_shared, async_copy.commit_group
+    copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # Triton < 3.8
 
     @jit
     def arange(size: constexpr, layout: constexpr):
@@ -94,9 +94,16 @@ else:
             4, max(1, 32 // columns), max(1, min(8, columns // 4)), [2, 1, 0]))
 
     @jit
-    def arrived():
-        """Wait until all that was asked for by `copy` is there."""
-        async_copy.wait_group(0)
+    def asked(ASYNC: constexpr):
+        """All is asked for by `copy` that is to be waited for together."""
+        if ASYNC:
+            async_copy.commit_group()
+
+    @jit
+    def arrived(ASYNC: constexpr):
+        """Wait until all that was asked for is there."""
+        if ASYNC:
+            async_copy.wait_group(0)
 
 CHUNK = 8   # steps between state checkpoints, where the caller asks for no other number
 AHEAD = 8   # steps that the forward works on at a time: memory has so long to answer
@@ -259,30 +266,6 @@ def row_of(group, k: constexpr, LAYOUT: constexpr):
 
 
 @jit
-def load_steps(pointer, stride: constexpr, e, inside, left, GROUP: constexpr):
-    """GROUP steps as they lie in memory, each [channels]; 0 after the last, of which `left` are to come."""
-    steps = ()
-    for k in gl.static_range(GROUP):
-        steps += (gl.load(pointer + k * stride + e, mask=inside & (k < left), other=0.0),)
-    return steps
-
-
-@jit
-def load_group(x, x_l: constexpr, y, y_l: constexpr, projected, projected_l: constexpr, t, left, where,
-               N_STATE: constexpr, GROUP: constexpr, SIGN: constexpr = 1):
-    """GROUP steps from t on, or back from t with SIGN −1: of two sequences of channels, and of B or C.
-
-    `where` are the channels, which of them there are, and how [GROUP, n] of B or C is spread over the lanes.
-    """
-    e, inside, k, n = where
-    of_projected = projected + t * projected_l + k[:, None] * (SIGN * projected_l) + n[None, :]
-    projected_inside = (k < left)[:, None] & (n < N_STATE)[None, :]
-    return (load_steps(x + t * x_l, SIGN * x_l, e, inside, left, GROUP),
-            load_steps(y + t * y_l, SIGN * y_l, e, inside, left, GROUP),
-            gl.load(of_projected, mask=projected_inside, other=0.0))
-
-
-@jit
 def column_of(rows, k: constexpr):
     """Where step k of [GROUP, n] lies in shared memory, as a column [n, 1]."""
     return rows.permute([1, 0]).slice(k, 1, dim=1)
@@ -366,7 +349,7 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
                     mask=states_inside, other=0.0)
     fetch(into(0, rows), b, start, stop - start, in_rows, channels, UNIT, ASYNC)
     fetch(into(0, projected), b, start, stop - start, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
-    commit()
+    asked(ASYNC or ASYNC_PROJECTED)
     slot = 0
     for first in range(start, stop, GROUP):
         if SAVE:
@@ -374,7 +357,7 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
                 at = (b * ((length - 1) // CHUNK) + first // CHUNK - 1) * N_STATE * channels
                 gl.store(states_at(checkpoints + at, e, n, channels), h.to(checkpoints.dtype.element_ty),
                          mask=states_inside)
-        arrived()
+        arrived(ASYNC or ASYNC_PROJECTED)
         Bs.store(raw_Bs.index(slot).load(PROJECTED).to(gl.float32))
         Cs.store(raw_Cs.index(slot).load(PROJECTED).to(gl.float32))
         # The next group is on its way while this one is worked on.
@@ -382,7 +365,7 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
         fetch(into(1 - slot, rows), b, t + GROUP, left - GROUP, in_rows, channels, UNIT, ASYNC)
         fetch(into(1 - slot, projected), b, t + GROUP, left - GROUP, in_projected, N_STATE, UNIT,
               ASYNC_PROJECTED)
-        commit()
+        asked(ASYNC or ASYNC_PROJECTED)
         for k in gl.static_range(GROUP):
             there = inside & (k < left)
             u_ = row_of(us.index(slot), k, STATES)
@@ -490,7 +473,7 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
     past = last // CHUNK * CHUNK
     fetch(past_rows, b, past, stop - past, in_rows, channels, UNIT, ASYNC)
     fetch(past_projected, b, past, stop - past, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
-    commit()
+    asked(ASYNC or ASYNC_PROJECTED)
     count = groups
     if MANY:
         count = groups * gl.minimum(items, batch - gl.program_id(1) * items)
@@ -499,14 +482,14 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
         if first == last:
             g = leaving_gradient(leaving, A2, b * segments + part, e, n, states_inside, channels, N_STATE,
                                  HAS_LEAVING)
-        arrived()
+        arrived(ASYNC or ASYNC_PROJECTED)
         for past in range(first // CHUNK * CHUNK, first, GROUP):  # from the checkpoint to this group
             if CHUNK > 2 * GROUP:
                 if past % CHUNK > 0:  # the first of them is here already
                     fetch(past_rows, b, past, GROUP, in_rows, channels, UNIT, ASYNC)
                     fetch(past_projected, b, past, GROUP, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
-                    commit()
-                    arrived()
+                    asked(ASYNC or ASYNC_PROJECTED)
+                    arrived(ASYNC or ASYNC_PROJECTED)
             Bs.store(past_raw_Bs.load(PROJECTED).to(gl.float32))
             for k in gl.static_range(GROUP):
                 dt = step_size(row_of(past_deltas, k, OWN) + bias_e, own_inside, SOFTPLUS)
@@ -548,7 +531,7 @@ def backward_kernel(u, delta, A, B, C, D, z, bias, checkpoints, dout, leaving,
             to_come = stop - past
         fetch(past_rows, next_b, past, to_come, in_rows, channels, UNIT, ASYNC)
         fetch(past_projected, next_b, past, to_come, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
-        commit()
+        asked(ASYNC or ASYNC_PROJECTED)
 
         # The states, forwards.
         decay, carried, dC_parts = (), (), ()
@@ -661,16 +644,16 @@ def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
     left = stop - start
     fetch(into(0, rows), b, t, left, in_rows, channels, UNIT, ASYNC)
     fetch(into(0, projected), b, t, left, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
-    commit()
+    asked(ASYNC or ASYNC_PROJECTED)
     slot = 0
     for _ in range(0, stop - start, GROUP):
-        arrived()
+        arrived(ASYNC or ASYNC_PROJECTED)
         ontos.store(raw_ontos.index(slot).load(PROJECTED).to(gl.float32))
         now_left, t, left = left, t + GROUP, left - GROUP
         # The next group is on its way while this one is worked on.
         fetch(into(1 - slot, rows), b, t, left, in_rows, channels, UNIT, ASYNC)
         fetch(into(1 - slot, projected), b, t, left, in_projected, N_STATE, UNIT, ASYNC_PROJECTED)
-        commit()
+        asked(ASYNC or ASYNC_PROJECTED)
         for k in gl.static_range(GROUP):
             dt = step_size(row_of(deltas.index(slot), k, STATES) + bias_e, inside & (k < now_left), SOFTPLUS)
             x = row_of(xs.index(slot), k, STATES)
@@ -887,10 +870,14 @@ def _unit(*tensors: Tensor | None) -> int:
 
 
 def _async(unit: int, *tensors: Tensor | None) -> bool:
-    """Whether the device can copy these into shared memory by itself: by four bytes at least."""
-    return all(tensor is None or tensor.element_size() >= 4
-               or (tensor.data_ptr() % 16 == unit % 2 == tensor.stride(1) % 2 == tensor.shape[2] % 2 == 0)
-               for tensor in tensors)
+    """Whether the device can copy these into shared memory by itself: from Ampere on, four bytes or more."""
+    def can(tensor: Tensor) -> bool:
+        if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            return False
+        return tensor.element_size() >= 4 or (
+            tensor.data_ptr() % 16 == unit % 2 == tensor.stride(1) % 2 == tensor.shape[2] % 2 == 0)
+
+    return all(can(tensor) for tensor in tensors if tensor is not None)
 
 
 def _strides(unit: int, *tensors: Tensor | None) -> list[int]:

@@ -78,8 +78,8 @@ def copy(into: Shared, pointer: tl.tensor, mask: tl.tensor) -> None:
     into.store(tl.load(pointer, mask=mask, other=0.0))
 
 
-def commit() -> None:
+def asked(ASYNC) -> None:
     """Nothing: a copy is there at once."""
 
 
-arrived = commit
+arrived = asked
