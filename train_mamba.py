@@ -194,13 +194,11 @@ def build_model(settings: argparse.Namespace, num_classes: int, in_channels: int
               "stem_depth": settings.stem_depth}
     try:
         config = matched_config(settings.model, config)
-        model = ARCHITECTURES[settings.model](**config).to(device)
+        model = evaluate.on_device(ARCHITECTURES[settings.model](**config), device)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise UserError(f"no model can be built with these settings ({str(error)[:160]}); lower --d-model, "
                         "--num-blocks or --d-state") from error
     model.gradient_checkpointing = settings.gradient_checkpointing
-    if device.type == "cuda" and in_channels > 1:
-        model.stem.to(memory_format=torch.channels_last)  # cuDNN's own layout, and that of the tokens
     return config, model
 
 

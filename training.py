@@ -206,6 +206,16 @@ class Training:
         return {"train_loss": loss, "train_accuracy": hits,
                 "learning_rate": float(self.optimizer.param_groups[0]["lr"])}
 
+    def lay_out_moments(self) -> None:
+        """Let the optimiser's moments lie in memory as their weights do, which another device lays otherwise.
+
+        The fused AdamW goes through both as they lie, and would give a weight the moments of another.
+        """
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter, dtype=moment.dtype).copy_(moment)
+
     def state(self) -> dict:
         """Everything that a run interrupted here needs to go on as if it had not been."""
         return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
@@ -222,6 +232,7 @@ class Training:
             options = [{name: value for name, value in group.items() if name != "params"}
                        for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(contents["optimizer"])
+            self.lay_out_moments()
             for group, own in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(own)  # the kind of optimiser that this device takes, not the saved one's
             if self.averaged is not None:

@@ -55,14 +55,14 @@ def compile_all(capability: int) -> None:
             signature, constexprs, attributes = {}, {}, {}
             for index, parameter in enumerate(self.kernel.params):
                 value = values[parameter.name]
-                if parameter.is_constexpr or value is None or isinstance(value, int) and value == 1:
+                if parameter.is_constexpr or (isinstance(value, int) and value == 1):
                     signature[parameter.name], constexprs[index,] = "constexpr", value
                     continue
                 aligned = value.data_ptr() if isinstance(value, torch.Tensor) else value
                 signature[parameter.name] = triton.runtime.jit.mangle_type(value)
                 if aligned % 16 == 0:
                     attributes[index,] = [["tt.divisibility", 16]]
-            source = GluonASTSource(fn=self.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+            source = GluonASTSource(self.kernel, signature, constexprs, attributes)
             options = {"num_warps": num_warps} | ({"maxnreg": maxnreg} if maxnreg else {})
             triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             print(self.kernel.__name__)

@@ -22,7 +22,7 @@ def training(monkeypatch):
     def make(*flags: object) -> Training:
         monkeypatch.setattr(sys, "argv", ["train_mamba.py", "--dataset", "digits", "--device", "cpu",
                                           *map(str, flags)])
-        return Training(VisionMamba2(d_model=16, num_blocks=1, patch_size=2, d_state=2),
+        return Training(VisionMamba2(d_model=16, num_blocks=1, patch_size=2, d_state=2, stem_depth=2),
                         data.load("digits", "unused"), train_mamba.parse_arguments(), torch.device("cpu"))
     return make
 
@@ -73,6 +73,21 @@ def test_preparing_changes_nothing(training, steps_before, monkeypatch):
     assert torch.equal(ends[0]["sums"], ends[1]["sums"])
     assert torch.equal(ends[0]["augmentation"], ends[1]["augmentation"])
     assert torch.equal(ends[0]["rng"]["torch"], ends[1]["rng"]["torch"])
+
+
+def test_a_state_goes_on_where_weights_lie_otherwise(training, seed):
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(seed)
+        run = training("--no-augment", "--lr", 0.1)
+        run.train_step(run.dataset.train.images[:50], run.dataset.train.labels[:50])
+        state = copy.deepcopy(run.state())
+        run.model.stem.to(memory_format=layout)
+        run.load(state)
+        run.train_step(run.dataset.train.images[50:100], run.dataset.train.labels[50:100])
+        ends.append(run.model.state_dict())
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-3, atol=1e-3)
 
 
 def test_the_average_follows_the_weights_and_the_statistics(seed):
