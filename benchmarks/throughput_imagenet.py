@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import evaluate
 from baselines import VisionTransformer, count_on_meta, matched_config
 from benchmarks import timing
 from benchmarks.compare_architectures import capture, reason
@@ -172,11 +173,10 @@ class Step:
     def __init__(self, make: Callable[[], nn.Module], variant: str, size: int, batch_size: int,
                  device: torch.device) -> None:
         torch.manual_seed(0)
-        self.model, self.device = make().to(device).train(), device
+        self.model, self.device = evaluate.on_device(make(), device).train(), device
         self.model.gradient_checkpointing = "checkpointing" in variant
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        self.model.stem.to(memory_format=layout)
-        self.images = torch.randn(batch_size, 3, size, size, device=device).to(memory_format=layout)
+        images = torch.randn(batch_size, 3, size, size, device=device)
+        self.images = images.to(memory_format=torch.channels_last)
         self.labels = torch.randint(CLASSES, (batch_size,), device=device)
         if "compiled" in variant:  # block by block: alike, they are compiled once and not 24 times
             for block in self.model.blocks:

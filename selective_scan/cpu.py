@@ -30,7 +30,10 @@ kernel = njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True, bounds
 
 @njit(fastmath=FAST, error_model="numpy", inline="always")
 def exp2(x):
-    """2^x for float32, clamped to the normal range; minimax polynomial on [−½, ½]."""
+    """2^x for float32, clamped to the normal range; minimax polynomial on [−½, ½].
+
+    Numba makes sums and products of int32 int64, which AVX2 cannot turn into floats: hence int32 once more.
+    """
     x = max(min(x, np.float32(127.0)), np.float32(-126.0))
     biased = np.int32(x + np.float32(127.5))  # the nearest exponent; positive, so truncation is floor
     f = x - np.float32(np.int32(biased - np.int32(127)))

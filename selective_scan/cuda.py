@@ -871,13 +871,12 @@ def _unit(*tensors: Tensor | None) -> int:
 
 def _async(unit: int, *tensors: Tensor | None) -> bool:
     """Whether the device can copy these into shared memory by itself: from Ampere on, four bytes or more."""
-    def can(tensor: Tensor) -> bool:
-        if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-            return False
-        return tensor.element_size() >= 4 or (
-            tensor.data_ptr() % 16 == unit % 2 == tensor.stride(1) % 2 == tensor.shape[2] % 2 == 0)
-
-    return all(can(tensor) for tensor in tensors if tensor is not None)
+    device = tensors[0].device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return all(tensor is None or tensor.element_size() >= 4
+               or tensor.data_ptr() % 16 == unit % 2 == tensor.stride(1) % 2 == tensor.shape[2] % 2 == 0
+               for tensor in tensors)
 
 
 def _strides(unit: int, *tensors: Tensor | None) -> list[int]:
