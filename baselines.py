@@ -13,7 +13,6 @@ Letters as in mamba_ssm_simple.py; m is the width of an MLP.
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Callable
 
 import torch
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mamba_ssm_simple import VisionMamba2, drop_path, permute_pixels, stem
+from mamba_ssm_simple import VisionMamba2, drop_path, permute_pixels, positions, stem
 
 
 class VisionLSTM(nn.Module):
@@ -139,16 +138,6 @@ def usual_heads(d_model: int) -> int:
     return next(heads for heads in range(max(1, d_model // 64), 0, -1) if d_model % heads == 0)
 
 
-def positions(height: int, width: int, d_model: int, device: torch.device) -> Tensor:
-    """Sines and cosines of row and column, (height, width, d), at any resolution (arXiv 2205.01580, §2)."""
-    quarter = math.ceil(d_model / 4)
-    frequency = torch.exp(torch.arange(quarter, device=device) * (-math.log(10_000) / max(1, quarter - 1)))
-    rows = torch.arange(height, device=device)[:, None] * frequency                    # (height, d/4)
-    columns = torch.arange(width, device=device)[:, None] * frequency                  # (width, d/4)
-    rows, columns = rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)
-    return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1)[..., :d_model]
-
-
 # ---- The same size ----------------------------------------------------------------------------------------
 
 ARCHITECTURES = {"mamba": VisionMamba2, "lstm": VisionLSTM, "transformer": VisionTransformer}
@@ -157,13 +146,14 @@ ARCHITECTURES = {"mamba": VisionMamba2, "lstm": VisionLSTM, "transformer": Visio
 def matched_config(architecture: str, config: dict) -> dict:
     """The arguments of `architecture` that give it about as many parameters as VisionMamba2(**config) has.
 
-    What only one of them knows is left out: the order of the scan and d_state. Raises KeyError for an
+    What only one of them knows is left out, the order of the scan and d_state, and whether positions are
+    added: a Transformer always needs them, an LSTM never. Raises KeyError for an
     architecture that is not in ARCHITECTURES, and whatever VisionMamba2 raises for its config.
     """
     if architecture == "mamba":
         return config
     shared = {name: value for name, value in config.items()
-              if name not in ("scan", "d_state", "d_conv", "expand", "bidirectional")}
+              if name not in ("scan", "d_state", "d_conv", "expand", "bidirectional", "position_embedding")}
     if architecture == "lstm":
         shared["bidirectional"] = config.get("bidirectional", False)
     size = {"lstm": "hidden_size", "transformer": "mlp_width"}[architecture]

@@ -98,6 +98,8 @@ def argument_parser() -> ArgumentParser:
         "successive blocks forwards and backwards through them (alternate), or right, down, left, up (cross)")
     add("--bidirectional", action=argparse.BooleanOptionalAction, default=False,
         help="read both ways in every block; a transformer does so anyway")
+    add("--position-embedding", action=argparse.BooleanOptionalAction, default=False,
+        help="add sines and cosines of row and column to mamba's tokens; a transformer has them anyway")
     add("--permute-seed", type=seed, metavar="N", default=None,
         help="show the pixels of every image in one fixed random order, a function of N (None: as they lie)")
     add("--drop-path", type=fraction, metavar="RATE", default=0.0,

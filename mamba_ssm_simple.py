@@ -224,6 +224,8 @@ class VisionMamba2(nn.Module):
         permute_seed: the pixels are first put into one fixed random order, a function of this number and of
             the image's size (permuted sequential MNIST); None leaves them where they are.
         drop_path: that of the last block; it rises linearly from the first to it.
+        position_embedding: whether `positions` are added to the tokens, so that what a token does to the
+            state can depend on where it stands.
 
     Raises:
         ValueError: a patch_size that is not a power of two.
@@ -234,9 +236,9 @@ class VisionMamba2(nn.Module):
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
                  patch_size: int = 4, scan: str = "cross", d_state: int = 16, d_conv: int = 4,
                  expand: int = 2, bidirectional: bool = False, permute_seed: int | None = None,
-                 drop_path: float = 0.0, stem_depth: int = 1):
+                 drop_path: float = 0.0, stem_depth: int = 1, position_embedding: bool = False):
         super().__init__()
-        self.permute_seed = permute_seed
+        self.permute_seed, self.position_embedding = permute_seed, position_embedding
         self.stem = stem(in_channels, d_model, patch_size, stem_depth)
         self.blocks = nn.ModuleList(
             MambaBlock(d_model, scan, index, d_state, d_conv, expand, bidirectional,
@@ -253,6 +255,8 @@ class VisionMamba2(nn.Module):
         """(b, in_channels, height, width) → logits (b, K)."""
         images = permute_pixels(images, self.permute_seed)
         x = self.stem(images).permute(0, 2, 3, 1)                                     # (b, height, width, d)
+        if self.position_embedding:
+            x = x + positions(*x.shape[1:], x.device).to(x.dtype)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
         return self.head(self.norm(x).mean(dim=(1, 2)))
@@ -278,6 +282,16 @@ def stem(in_channels: int, d_model: int, patch_size: int, depth: int = 1) -> nn.
                        nn.BatchNorm2d(channels), nn.SiLU()]
             before = channels
     return nn.Sequential(*layers)
+
+
+def positions(height: int, width: int, d_model: int, device: torch.device) -> Tensor:
+    """Sines and cosines of row and column, (height, width, d), at any resolution (arXiv 2205.01580, §2)."""
+    quarter = math.ceil(d_model / 4)
+    frequency = torch.exp(torch.arange(quarter, device=device) * (-math.log(10_000) / max(1, quarter - 1)))
+    rows = torch.arange(height, device=device)[:, None] * frequency                    # (height, d/4)
+    columns = torch.arange(width, device=device)[:, None] * frequency                  # (width, d/4)
+    rows, columns = rows[:, None].expand(-1, width, -1), columns.expand(height, -1, -1)
+    return torch.cat([rows.sin(), rows.cos(), columns.sin(), columns.cos()], dim=-1)[..., :d_model]
 
 
 def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:

@@ -674,28 +674,35 @@ def segment_kernel(u, delta, A, B, C, z, bias, dout, carried, delta_sums,
 
 
 @jit
-def carry_kernel(A, carried, delta_sums, begin, entering, channels: constexpr, N_STATE: constexpr, segments,
-                 HAS_BEGIN: constexpr, REVERSE: constexpr, N: constexpr, BLOCK: constexpr,
-                 STATES: constexpr, ROWS: constexpr, PROJECTED: constexpr):
-    """What enters each segment, from what each adds: h ← exp(A ΣΔ) h + carried, segment after segment."""
-    e = gl.program_id(0) * BLOCK + arange(BLOCK, along(STATES, 0))
-    n = arange(N, along(STATES, 1))
+def carry_kernel(A, carried, delta_sums, begin, entering, channels, N_STATE: constexpr, segments,
+                 HAS_BEGIN: constexpr, REVERSE: constexpr, STEPS: constexpr, COLUMNS: constexpr,
+                 TILE: constexpr):
+    """What enters each segment, from what each adds: h ← exp(A ΣΔ) h + carried, segment after segment.
+
+    Every state has a lane of its own, and STEPS segments are loaded at once: memory is waited for seldom.
+    """
+    column = gl.program_id(0) * COLUMNS + arange(COLUMNS, TILE)
+    size = N_STATE * channels
     b = gl.program_id(1).to(gl.int64)
-    inside = (n < N_STATE)[:, None] & (e < channels)[None, :]
-    A2, _, _ = load_weights(A, A, A, e, n, e, channels, N_STATE, False, False)
+    inside, e = column < size, column % channels
+    A2 = gl.load(A + e * N_STATE + column // channels, mask=inside, other=0.0).to(gl.float32) * LOG2_E
     h = gl.zeros_like(A2)
     if HAS_BEGIN:
-        h = gl.load(states_at(begin + b * N_STATE * channels, e, n, channels), mask=inside, other=0.0)
+        h = gl.load(begin + b * size + column, mask=inside, other=0.0)
     own, step = b * segments, 1
     if REVERSE:
         own, step = b * segments + segments - 1, -1
-    for _ in range(segments - 1):
-        gl.store(states_at(entering + own * N_STATE * channels, e, n, channels), h, mask=inside)
-        total = gl.load(delta_sums + own * channels + e, mask=e < channels, other=0.0)
-        added = gl.load(states_at(carried + own * N_STATE * channels, e, n, channels), mask=inside, other=0.0)
-        h = gl.exp2(total[None, :] * A2) * h + added
-        own += step
-    gl.store(states_at(entering + own * N_STATE * channels, e, n, channels), h, mask=inside)
+    for first in range(0, segments, STEPS):
+        totals, added = (), ()
+        for k in gl.static_range(STEPS):
+            there = inside & (column * 0 + first + k < segments - 1)
+            totals += (gl.load(delta_sums + (own + k * step) * channels + e, mask=there, other=0.0),)
+            added += (gl.load(carried + (own + k * step) * size + column, mask=there, other=0.0),)
+        for k in gl.static_range(STEPS):
+            gl.store(entering + (own + k * step) * size + column, h,
+                     mask=inside & (column * 0 + first + k < segments))
+            h = gl.exp2(totals[k] * A2) * h + added[k]
+        own += STEPS * step
 
 
 # ---- Sums over programs ------------------------------------------------------------------------------------
@@ -849,9 +856,11 @@ def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_s
         HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, REVERSE=reverse,
         ASYNC=_async(unit, u, delta, z, dout), ASYNC_PROJECTED=_async(unit, B, C), GROUP=AHEAD,
         **plan.arguments(n, 16 // u.element_size()))
-    carry_kernel[(triton.cdiv(e, plan.block), b)](
+    columns = 128
+    carry_kernel[(triton.cdiv(n * e, columns), b)](
         A, carried, delta_sums, carried if begin is None else begin, entering, e, n, segments,
-        HAS_BEGIN=begin is not None, REVERSE=reverse, **plan.arguments(n))
+        HAS_BEGIN=begin is not None, REVERSE=reverse, STEPS=min(16, triton.next_power_of_2(segments)),
+        COLUMNS=columns, TILE=None if INTERPRETED else gl.BlockedLayout([1], [32], [4], [0]), num_warps=4)
     return entering
 
 
