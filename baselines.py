@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mamba_ssm_simple import VisionMamba2, drop_path, permute_pixels, positions, stem
+from selective_scan import norm_mean
 
 
 class VisionLSTM(nn.Module):
@@ -62,7 +63,7 @@ class VisionLSTM(nn.Module):
                 x, _ = self.lstm(x.float())
         else:
             x, _ = self.lstm(x)                                                         # (b, l, hidden_size)
-        return self.head(self.norm(x).mean(dim=1))
+        return self.head(norm_mean(x, self.norm.weight, self.norm.bias, self.norm.eps))
 
 
 def in_bfloat16_on_cuda(x: Tensor) -> bool:
@@ -104,7 +105,7 @@ class VisionTransformer(nn.Module):
         x = (x + positions(*x.shape[1:], x.device)).flatten(1, 2)                     # (b, l, d)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
-        return self.head(self.norm(x).mean(dim=1))
+        return self.head(norm_mean(x, self.norm.weight, self.norm.bias, self.norm.eps))
 
 
 class TransformerBlock(nn.Module):
@@ -152,8 +153,8 @@ def matched_config(architecture: str, config: dict) -> dict:
     """
     if architecture == "mamba":
         return config
-    shared = {name: value for name, value in config.items()
-              if name not in ("scan", "d_state", "d_conv", "expand", "bidirectional", "position_embedding")}
+    own = ("scan", "d_state", "d_conv", "expand", "bidirectional", "position_embedding", "drop_tokens")
+    shared = {name: value for name, value in config.items() if name not in own}
     if architecture == "lstm":
         shared["bidirectional"] = config.get("bidirectional", False)
     size = {"lstm": "hidden_size", "transformer": "mlp_width"}[architecture]

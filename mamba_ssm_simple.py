@@ -34,6 +34,7 @@ from selective_scan import (
     causal_conv_silu,
     mamba_block,
     mixer,
+    norm_mean,
     saves_memory,
     selective_scan,
 )
@@ -226,6 +227,7 @@ class VisionMamba2(nn.Module):
         drop_path: that of the last block; it rises linearly from the first to it.
         position_embedding: whether `positions` are added to the tokens, so that what a token does to the
             state can depend on where it stands.
+        drop_tokens: fraction of the tokens that are zero in training.
 
     Raises:
         ValueError: a patch_size that is not a power of two.
@@ -236,9 +238,11 @@ class VisionMamba2(nn.Module):
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
                  patch_size: int = 4, scan: str = "cross", d_state: int = 16, d_conv: int = 4,
                  expand: int = 2, bidirectional: bool = False, permute_seed: int | None = None,
-                 drop_path: float = 0.0, stem_depth: int = 1, position_embedding: bool = False):
+                 drop_path: float = 0.0, stem_depth: int = 1, position_embedding: bool = False,
+                 drop_tokens: float = 0.0):
         super().__init__()
         self.permute_seed, self.position_embedding = permute_seed, position_embedding
+        self.drop_tokens = drop_tokens
         self.stem = stem(in_channels, d_model, patch_size, stem_depth)
         self.blocks = nn.ModuleList(
             MambaBlock(d_model, scan, index, d_state, d_conv, expand, bidirectional,
@@ -257,9 +261,11 @@ class VisionMamba2(nn.Module):
         x = self.stem(images).permute(0, 2, 3, 1)                                     # (b, height, width, d)
         if self.position_embedding:
             x = x + positions(*x.shape[1:], x.device).to(x.dtype)
+        if self.drop_tokens:
+            x = x * F.dropout(x.new_ones(*x.shape[:3], 1), self.drop_tokens, self.training)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
-        return self.head(self.norm(x).mean(dim=(1, 2)))
+        return self.head(norm_mean(x, self.norm.weight, self.norm.bias, self.norm.eps))
 
 
 def stem(in_channels: int, d_model: int, patch_size: int, depth: int = 1) -> nn.Sequential:

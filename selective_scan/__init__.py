@@ -18,8 +18,10 @@ from selective_scan.dispatch import (
 )
 from selective_scan.interface import selective_scan_fn
 from selective_scan.mixer import Weights, mamba_block, mixer, saves_memory
+from selective_scan.norm_mean import norm_mean, norm_mean_plain
 from selective_scan.reference import selective_scan_reference
 
 __all__ = ["Weights", "available_implementations", "causal_conv_silu", "causal_conv_silu_plain",
-           "choose_implementation", "mamba_block", "mixer", "run_implementation", "saves_memory",
-           "selective_scan", "selective_scan_fn", "selective_scan_reference"]
+           "choose_implementation", "mamba_block", "mixer", "norm_mean", "norm_mean_plain",
+           "run_implementation", "saves_memory", "selective_scan", "selective_scan_fn",
+           "selective_scan_reference"]

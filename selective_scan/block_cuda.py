@@ -1,8 +1,8 @@
-"""What surrounds the mixer in a block, on CUDA, in Triton: norm and residual, each in the scan's order.
+"""What surrounds the mixer on CUDA, in Triton: a block's norm and residual, and the mean token at the end.
 
-A feature map's token (row, column) stands in the sequence where the direction puts it. These kernels read and
-write it there, so that no map is turned over in memory. Statistics and sums are float32; sums over tokens are
-made in a fixed order, without atomics.
+A feature map's token (row, column) stands in the sequence where the direction puts it. A block's kernels
+read and write it there, so that no map is turned over in memory. Statistics and sums are float32; sums over
+tokens are made in a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -82,6 +82,37 @@ def norm_backward_kernel(x, weight, dout, dy, dx, sums, rows, tiles, height, wid
 
 
 @triton.jit
+def norm_mean_kernel(x, sums, length, tiles, eps, d: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Σ over `tiles` tiles of an image's tokens of norm(x) / length, without weight and bias."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    image = (tl.program_id(0) * 0 + tl.program_id(1)).to(tl.int64) * length
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in range(tiles):
+        token = ((tl.program_id(0) * tiles + i) * ROWS + tl.arange(0, ROWS))[:, None]
+        inside = (token < length) & (column < d)
+        x_ = tl.load(x + (image + token) * d + column, mask=inside, other=0.0).to(tl.float32)
+        mean, scale = statistics(x_, inside, d, eps)
+        total += tl.where(inside, (x_ - mean) * scale, 0.0)
+    at = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * d + column
+    tl.store(sums + at, tl.sum(total, axis=0)[None, :] / length, mask=column < d)
+
+
+@triton.jit
+def norm_mean_backward_kernel(dout, x, dx, rows, length, eps, d: tl.constexpr, ROWS: tl.constexpr,
+                              COLUMNS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < d)
+    x_ = tl.load(x + row * d + column, mask=inside, other=0.0).to(tl.float32)
+    dout_ = tl.load(dout + row // length * d + column, mask=inside, other=0.0) / length
+    mean, scale = statistics(x_, inside, d, eps)
+    normed = tl.where(inside, (x_ - mean) * scale, 0.0)
+    mean, along = tl.sum(dout_, axis=1) / d, tl.sum(dout_ * normed, axis=1) / d
+    dx_ = scale * (dout_ - mean[:, None] - normed * along[:, None])
+    tl.store(dx + row * d + column, dx_.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def residual_kernel(x, branch, scale, out, rows, height, width, d: tl.constexpr, HAS_X: tl.constexpr,
                     HAS_SCALE: tl.constexpr, FROM_MAP: tl.constexpr, DOWN: tl.constexpr,
                     REVERSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -127,6 +158,26 @@ def norm_backward(dout: Tensor, dy: Tensor, x: Tensor, weight: Tensor, eps: floa
                                       **_order(direction), **tile)
     dweight, dbias = sum_rows(sums)
     return dx, dweight, dbias.clone()  # an operator's outputs must not share memory
+
+
+def norm_mean(x: Tensor, eps: float) -> Tensor:
+    """The mean over the tokens of x (b, l, d) after their norm, without weight and bias: (b, d) float32."""
+    b, l, d = x.shape
+    tile = _tile(d)
+    tiles = triton.cdiv(l, tile["ROWS"])
+    each = triton.cdiv(tiles, triton.cdiv(PROGRAMS, b))
+    parts = triton.cdiv(tiles, each)
+    sums = torch.empty(b, parts, d, device=x.device)
+    norm_mean_kernel[(parts, b)](x, sums, l, each, eps, d, **tile)
+    return sums.sum(dim=1)
+
+
+def norm_mean_backward(dout: Tensor, x: Tensor, eps: float) -> Tensor:
+    """The gradient of x (b, l, d) from that of `norm_mean`'s output, (b, d) float32."""
+    b, l, d = x.shape
+    dx, tile = torch.empty_like(x), _tile(d)
+    norm_mean_backward_kernel[(triton.cdiv(b * l, tile["ROWS"]),)](dout, x, dx, b * l, l, eps, d, **tile)
+    return dx
 
 
 def add_residual(x: Tensor, branch: Tensor, scale: Tensor | None, direction: str) -> Tensor:

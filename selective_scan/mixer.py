@@ -121,7 +121,8 @@ def _backward(dy: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tens
     dy = dy.contiguous()
     sequence = _enter(x, norm_weight, norm_bias, eps, direction, dtype)
     dbranch = block_cuda.residual_backward(dy, scale, direction, dtype)
-    dsequence, dweights = _mixer_backward(dbranch, sequence, _with(given, matrices), A, checkpoints)
+    dsequence, dweights = _mixer_backward(dbranch, sequence, _with(given, matrices), dt_proj.shape[1], A,
+                                           checkpoints)
     if norm_weight is None:
         gradients = [dsequence.view(x.shape)]
     else:
@@ -140,10 +141,13 @@ def _(dy, x, norm_weight, norm_bias, scale, in_proj, conv_weight, conv_bias, x_p
     return [tensor.new_empty(tensor.shape) for tensor in inputs if tensor is not None]
 
 
-def _mixer_backward(dy: Tensor, x: Tensor, weights: Weights, A: Tensor,
+def _mixer_backward(dy: Tensor, x: Tensor, weights: Weights, rank: int, A: Tensor,
                     checkpoints: Tensor) -> tuple[Tensor, Weights]:
-    """Gradients of the mixer's input x (b, l, d) and of its weights, from its output's, (b, l, d)."""
-    from selective_scan import causal_conv_cuda, cuda
+    """Gradients of the mixer's input x (b, l, d) and of its weights, from its output's, (b, l, d).
+
+    `rank` is that of Δ without what `weights_cuda` fills it up with.
+    """
+    from selective_scan import causal_conv_cuda, cuda, weights_cuda
 
     _, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, _, D, out_proj = weights
     r, n = dt_proj.shape[1], A.shape[1]
@@ -162,6 +166,7 @@ def _mixer_backward(dy: Tensor, x: Tensor, weights: Weights, A: Tensor,
     d_dt_proj = _weight_gradient(ddelta, projected[..., :r])
     _matrix(du).addmm_(_matrix(dprojected), x_proj)
     d_x_proj = _weight_gradient(dprojected, u)
+    d_x_proj, d_dt_proj = weights_cuda.without_filling(d_x_proj, d_dt_proj, rank)
     d_conv_weight, d_conv_bias = causal_conv_cuda.backward(du, xz.chunk(2, dim=-1)[0], conv_weight, conv_bias,
                                                            dx)
     d_in_proj = _weight_gradient(dxz, x)

@@ -21,6 +21,7 @@ from selective_scan import (
     available_implementations,
     causal_conv_silu_plain,
     mixer,
+    norm_mean_plain,
     run_implementation,
 )
 
@@ -217,12 +218,48 @@ def test_the_block_in_one_is_the_block_line_by_line(scan, index, dtype, seed, de
 
 
 @runs_here
+@pytest.mark.parametrize(("shape", "dtype"), [
+    ((1, 1, 1), torch.float32), ((2, 37, 20), torch.float32), ((3, 300, 33), torch.float16),
+    ((2, 41, 1100), torch.bfloat16)], ids=str)
+def test_norm_and_mean_in_one(shape, dtype, seed, device):
+    x, weight, bias = (torch.randn(*size, device=device) for size in (shape, shape[2:], shape[2:]))
+    x, dy = x.to(dtype), torch.randn(shape[0], shape[2], device=device)
+
+    def run(function, *leaves):
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        out = function(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, dy.to(out.dtype))
+
+    right = run(lambda *given: norm_mean_plain(*given, 1e-5), x.double(), weight.double(), bias.double())
+    got = run(lambda x, weight, bias: torch.addcmul(bias, torch.ops.vision_mamba2.norm_mean(x, 1e-5), weight),
+              x, weight, bias)
+    for a, expected in zip(got, right, strict=True):
+        limit = 1e-5 if a.dtype == torch.float32 else 1e-2
+        assert (a.double() - expected).norm() <= limit * expected.norm() + 1e-6
+
+
+@runs_here
+def test_many_rows_are_summed_in_parts(seed, device):
+    from selective_scan.sums_cuda import sum_rows
+
+    x = torch.randn(1100, 3, 7, device=device)
+    torch.testing.assert_close(sum_rows(x), x.double().sum(0).float(), rtol=1e-5, atol=1e-4)
+
+
+@runs_here
 def test_matrices_are_cast_and_found_again(seed, device):
     from selective_scan import weights_cuda
 
-    given = [torch.randn(*shape, device=device) for shape in ((40, 70), (3, 5), (1, 1), (9, 130))]
-    found = weights_cuda.views(weights_cuda.cast(given, torch.float16), given)
-    assert all(torch.equal(a, b.half()) for a, b in zip(found, given, strict=True))
+    for rank, more in ((3, 5), (8, 0), (9, 7)):
+        shapes = (40, 70), (rank + 8, 35), (35, rank), (9, 35)
+        given = [torch.randn(*shape, device=device) for shape in shapes]
+        right = [*given]
+        right[1] = torch.cat([given[1][:rank], given[1].new_zeros(more, 35), given[1][rank:]])
+        right[2] = torch.cat([given[2], given[2].new_zeros(35, more)], dim=1)
+        found = weights_cuda.views(weights_cuda.cast(given, torch.float16), given)
+        assert all(torch.equal(a, b.half()) for a, b in zip(found, right, strict=True))
+        assert all(torch.equal(a, b) for a, b in
+                   zip(weights_cuda.without_filling(*right[1:3], rank), given[1:3], strict=True))
 
 
 @runs_here
