@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mamba_ssm_simple import VisionMamba2, drop_path, permute_pixels, positions, stem
+from mamba_ssm_simple import VisionMamba2, drop_path, drop_tokens, permute_pixels, positions, stem
 from selective_scan import norm_mean
 
 
@@ -31,7 +31,8 @@ class VisionLSTM(nn.Module):
     whatever was asked for (aten/src/ATen/cudnn/AutocastRNN.cpp), and no scaler keeps its gradients alive.
 
     Args:
-        num_classes, d_model, in_channels, patch_size, permute_seed, stem_depth: see `VisionMamba2`.
+        num_classes, d_model, in_channels, patch_size, permute_seed, stem_depth, drop_tokens: see
+            `VisionMamba2`.
         num_blocks: layers.
         hidden_size: states of a layer.
         bidirectional: each layer reads both ways.
@@ -40,9 +41,10 @@ class VisionLSTM(nn.Module):
 
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
                  patch_size: int = 4, hidden_size: int = 120, bidirectional: bool = False,
-                 permute_seed: int | None = None, drop_path: float = 0.0, stem_depth: int = 1):
+                 permute_seed: int | None = None, drop_path: float = 0.0, stem_depth: int = 1,
+                 drop_tokens: float = 0.0):
         super().__init__()
-        self.permute_seed = permute_seed
+        self.permute_seed, self.drop_tokens = permute_seed, drop_tokens
         self.stem = stem(in_channels, d_model, patch_size, stem_depth)
         self.lstm = nn.LSTM(d_model, hidden_size, num_blocks, batch_first=True, bidirectional=bidirectional,
                             dropout=drop_path if num_blocks > 1 else 0.0)
@@ -58,6 +60,7 @@ class VisionLSTM(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(b, in_channels, height, width) → logits (b, K), any height and width."""
         x = self.stem(permute_pixels(images, self.permute_seed)).flatten(2).transpose(1, 2)       # (b, l, d)
+        x = drop_tokens(x, self.drop_tokens, self.training)
         if in_bfloat16_on_cuda(x):
             with torch.autocast("cuda", enabled=False):
                 x, _ = self.lstm(x.float())
@@ -76,8 +79,8 @@ class VisionTransformer(nn.Module):
     """Stem, positions, pre-norm Transformer blocks, a head on the mean token (arXiv 2205.01580).
 
     Args:
-        num_classes, d_model, num_blocks, in_channels, patch_size, permute_seed, drop_path, stem_depth: see
-            `VisionMamba2`.
+        num_classes, d_model, num_blocks, in_channels, patch_size, permute_seed, drop_path, stem_depth,
+            drop_tokens: see `VisionMamba2`.
         mlp_width: width m of the MLPs.
         num_heads: heads of the attention; 0 takes one for each 64 channels, as is usual.
 
@@ -89,9 +92,10 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
                  patch_size: int = 4, mlp_width: int = 200, num_heads: int = 0,
-                 permute_seed: int | None = None, drop_path: float = 0.0, stem_depth: int = 1):
+                 permute_seed: int | None = None, drop_path: float = 0.0, stem_depth: int = 1,
+                 drop_tokens: float = 0.0):
         super().__init__()
-        self.permute_seed = permute_seed
+        self.permute_seed, self.drop_tokens = permute_seed, drop_tokens
         self.stem = stem(in_channels, d_model, patch_size, stem_depth)
         self.blocks = nn.ModuleList(
             TransformerBlock(d_model, mlp_width, num_heads, drop_path * (index + 1) / num_blocks)
@@ -103,6 +107,7 @@ class VisionTransformer(nn.Module):
         """(b, in_channels, height, width) → logits (b, K), any height and width."""
         x = self.stem(permute_pixels(images, self.permute_seed)).permute(0, 2, 3, 1)  # (b, height, width, d)
         x = (x + positions(*x.shape[1:], x.device)).flatten(1, 2)                     # (b, l, d)
+        x = drop_tokens(x, self.drop_tokens, self.training)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
         return self.head(norm_mean(x, self.norm.weight, self.norm.bias, self.norm.eps))
@@ -147,13 +152,13 @@ ARCHITECTURES = {"mamba": VisionMamba2, "lstm": VisionLSTM, "transformer": Visio
 def matched_config(architecture: str, config: dict) -> dict:
     """The arguments of `architecture` that give it about as many parameters as VisionMamba2(**config) has.
 
-    What only one of them knows is left out, the order of the scan and d_state, and whether positions are
-    added: a Transformer always needs them, an LSTM never. Raises KeyError for an
-    architecture that is not in ARCHITECTURES, and whatever VisionMamba2 raises for its config.
+    What only one of them knows is left out: the order of the scan, d_state, and whether positions are added,
+    which a Transformer cannot do without. Raises KeyError for an architecture that is not in ARCHITECTURES,
+    and whatever VisionMamba2 raises for its config.
     """
     if architecture == "mamba":
         return config
-    own = ("scan", "d_state", "d_conv", "expand", "bidirectional", "position_embedding", "drop_tokens")
+    own = ("scan", "d_state", "d_conv", "expand", "bidirectional", "position_embedding")
     shared = {name: value for name, value in config.items() if name not in own}
     if architecture == "lstm":
         shared["bidirectional"] = config.get("bidirectional", False)

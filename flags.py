@@ -105,7 +105,7 @@ def argument_parser() -> ArgumentParser:
     add("--drop-path", type=fraction, metavar="RATE", default=0.0,
         help="how often an image goes past the last block in training, past earlier ones less often")
     add("--drop-tokens", type=fraction, metavar="RATE", default=0.0,
-        help="fraction of mamba's tokens that are zero in training")
+        help="fraction of the tokens that are zero in training: against learning long sequences by heart")
     add("--augment", choices=augment.KINDS, default="affine",
         help="what is done to the training images; affine: random shifts, turns, zooms and shears; elastic: "
         "these and a smooth random warp; streamed images: random crops, whichever it is")

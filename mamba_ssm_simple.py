@@ -227,7 +227,7 @@ class VisionMamba2(nn.Module):
         drop_path: that of the last block; it rises linearly from the first to it.
         position_embedding: whether `positions` are added to the tokens, so that what a token does to the
             state can depend on where it stands.
-        drop_tokens: fraction of the tokens that are zero in training.
+        drop_tokens: fraction of the tokens that the blocks do not get to see in training.
 
     Raises:
         ValueError: a patch_size that is not a power of two.
@@ -261,8 +261,7 @@ class VisionMamba2(nn.Module):
         x = self.stem(images).permute(0, 2, 3, 1)                                     # (b, height, width, d)
         if self.position_embedding:
             x = x + positions(*x.shape[1:], x.device).to(x.dtype)
-        if self.drop_tokens:
-            x = x * F.dropout(x.new_ones(*x.shape[:3], 1), self.drop_tokens, self.training)
+        x = drop_tokens(x, self.drop_tokens, self.training)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
         return self.head(norm_mean(x, self.norm.weight, self.norm.bias, self.norm.eps))
@@ -305,6 +304,16 @@ def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
     if rate == 0 or not training:
         return branch
     return branch * F.dropout(branch.new_ones(len(branch), *[1] * (branch.dim() - 1)), rate)
+
+
+def drop_tokens(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Tokens (b, …, d), each zero with probability `rate`, so that none is relied on alone.
+
+    As in arXiv 2208.07220, where they are taken out of the sequence; here its length stays.
+    """
+    if rate == 0 or not training:
+        return x
+    return x * (torch.rand(*x.shape[:-1], 1, device=x.device) >= rate)
 
 
 def permute_pixels(images: Tensor, seed: int | None) -> Tensor:

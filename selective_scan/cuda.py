@@ -170,9 +170,9 @@ def _plan(batch: int, length: int, channels: int, n: int, chunk: int, backward: 
         plan = Plan(warps, lanes_n=max(1, N // 16), channels=1, registers=168, segment=0)
     # Each of the 528 schedulers of 132 processors wants a warp, and hides what a step waits for with a second
     # one. What is missing is made up for by segments of time, at the price of a pass more over the inputs.
-    few, enough = (800, 1056) if backward else (400, 1584)
+    few, enough = (800, 1056) if backward else (200, 1584)
     given = warps * batch * triton.cdiv(channels, plan.block)
-    segments = max(1, min(enough // given, length // 64)) if given < few else 1
+    segments = max(1, min(enough // given, length // 48)) if given < few else 1
     # Of far more short sequences than fit at once, programs take several each, one after another: weights are
     # then loaded, and their gradients written, fewer times.
     items = triton.cdiv(given, RESIDENT) if backward and given > 3 * RESIDENT else 1

@@ -19,6 +19,7 @@ from mamba_ssm_simple import (
     MambaBlock,
     SelectiveScan,
     VisionMamba2,
+    drop_tokens,
     to_map,
     to_sequence,
 )
@@ -253,6 +254,37 @@ def test_a_deeper_stem_makes_the_same_grid_of_tokens(patch_size, architecture):
     halvings = patch_size.bit_length() - 1
     if halvings:
         assert convolutions == [[(2, 2)] * halvings, [(1, 1), (1, 1), (2, 2)] * halvings]
+
+
+def test_positions_tell_a_token_where_it_stands(seed):
+    """Without them, and row by row, the mean token cannot tell in which row a pixel is."""
+    shares = {}
+    for added in (False, True):
+        torch.manual_seed(seed)
+        model = VisionMamba2(d_model=16, num_blocks=2, patch_size=1, scan="row",
+                             position_embedding=added).eval()
+        one, other = torch.zeros(2, 1, 1, 5, 6).unbind()
+        one[..., 1, 3], other[..., 4, 3] = 1, 1  # the same pixel of another row
+        shares[added] = (model(one) - model(other)).abs().max().item()
+    assert shares[False] < 1e-5 < 1e-3 < shares[True]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropped_tokens_are_zero_in_training_alone(architecture, seed):
+    x = torch.rand(20, 5, 7, 8) + 1
+    kept = (drop_tokens(x, 0.25, training=True) == x).float().mean(dim=3)
+    assert set(kept.unique().tolist()) == {0, 1}
+    assert abs(kept.mean() - 0.75) < 0.1
+    assert torch.equal(drop_tokens(x, 0.25, training=False), x)
+
+    config = {"num_classes": 3, "d_model": 8, "num_blocks": 1, "patch_size": 1}
+    model = ARCHITECTURES[architecture](**config, drop_tokens=0.5)
+    images = torch.rand(2, 1, 5, 6)
+    assert not torch.equal(model(images), model(images))
+    model.eval()
+    without = ARCHITECTURES[architecture](**config).eval()
+    without.load_state_dict(model.state_dict())
+    assert torch.equal(model(images), without(images))
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
