@@ -99,13 +99,13 @@ def machine(facts: dict) -> str:
 
 def training() -> str:
     lines = ["| command | test accuracy | an epoch takes | on |", "|---|---|---|---|"]
-    for name in ("mnist-1-epoch",):
+    for name in ("mnist-1-epoch", "mnist-gpu"):
         found = result(name)
         accuracy = found["test_accuracy"]
         command = " ".join(["python train_mamba.py", *found["arguments"]])
         lines.append(f"| `{command}` | {100 * accuracy['mean']:.2f} ± "
                      f"{100 * accuracy['std']:.2f} % ({len(found['runs'])} seeds) | "
-                     f"{found['seconds_an_epoch']:.0f} s | {machine(found['machine'])} |")
+                     f"{found['seconds_an_epoch']:.3g} s | {machine(found['machine'])} |")
     return "\n".join(lines)
 
 
