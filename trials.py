@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 import checkpoint
@@ -33,6 +34,7 @@ from training import StopRequest
 
 SCRIPT = Path(__file__).resolve().parent / "train_mamba.py"
 NOT_FINITE = re.compile(r"the (loss|gradient's norm) is (nan|-?inf)\b")  # Training.check_finite says so
+GPUS = "CUDA_VISIBLE_DEVICES"  # tells a process which of them it sees
 LOOK_EVERY = 0.2  # seconds between looks at the runs
 
 
@@ -119,10 +121,11 @@ def check(trials: Iterable[Trial]) -> None:
 def train(trials: Iterable[Trial], total: int, jobs: int) -> Iterator[tuple[Trial, Outcome]]:
     """Train what is not trained yet, `jobs` at once; every trial's outcome as soon as it is there.
 
-    `trials` is asked for the next one only when there is room for it. Ctrl-C is handed on to the runs, which
+    Each run gets one GPU, where there are some: the one with the fewest of these runs. `trials` is asked for
+    the next one only when there is room for it. Ctrl-C is handed on to the runs, which
     save their states; then a line says how to go on, and the script ends with status 130.
     """
-    waiting, running = iter(trials), []
+    waiting, running, gpus = iter(trials), [], visible_gpus()
     finished, before = 0, 0.0  # trials; those, and parts of them, that took no time now
     with (_ended_by_other_signals(), StopRequest() as stop, contextlib.ExitStack() as stack,
           tqdm(total=total, disable=None, leave=False, smoothing=0, unit="trial",
@@ -131,7 +134,8 @@ def train(trials: Iterable[Trial], total: int, jobs: int) -> Iterator[tuple[Tria
             while len(running) < jobs and not stop.asked and (trial := next(waiting, None)) is not None:
                 done = trial.outcome()
                 if done is None:
-                    running.append(stack.enter_context(_Run(trial)))
+                    gpu = min(gpus, key=[run.gpu for run in running].count, default=None)
+                    running.append(stack.enter_context(_Run(trial, gpu)))
                     before += running[-1].progress()
                 else:
                     before, finished = before + 1, finished + 1
@@ -158,15 +162,26 @@ def train(trials: Iterable[Trial], total: int, jobs: int) -> Iterator[tuple[Tria
         sys.exit(130)
 
 
-class _Run:
-    """A trial's process. Leaving its `with` stops it, if it is still there, and waits until it has saved."""
+def visible_gpus() -> list[str]:
+    """Each GPU that the runs may use, by its name in the variable GPUS."""
+    if GPUS in os.environ:
+        return [gpu for gpu in os.environ[GPUS].split(",") if gpu]
+    return [str(number) for number in range(torch.cuda.device_count())]
 
-    def __init__(self, trial: Trial) -> None:
-        self.trial, self.told = trial, False
+
+class _Run:
+    """A trial's process, which sees one GPU or, for None, whatever there is.
+
+    Leaving its `with` stops it, if it is still there, and waits until it has saved.
+    """
+
+    def __init__(self, trial: Trial, gpu: str | None) -> None:
+        self.trial, self.gpu, self.told = trial, gpu, False
         self.output: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115  (closed by __exit__)
         # A group of its own keeps the terminal's Ctrl-C away, of which two would stop the run unsaved.
         self.process = subprocess.Popen(trial.command(), cwd=trial.place, stdin=subprocess.DEVNULL,
                                         stdout=self.output, stderr=subprocess.STDOUT,
+                                        env=os.environ | ({} if gpu is None else {GPUS: gpu}),
                                         process_group=0 if os.name == "posix" else None)
 
     def __enter__(self) -> _Run:

@@ -45,7 +45,8 @@ def read_arguments() -> argparse.Namespace:
                         help="flags of train_mamba.py and the values to try, true or false for a switch")
     parser.add_argument("--name", default="sweep", help="names the trials and the folder of their table")
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
-                        help="train so many trials side by side, where one does not fill the GPU")
+                        help="train so many trials side by side: on all GPUs that there are, or where one "
+                             "does not fill its GPU")
     parser.add_argument("--trials", type=int, default=argparse.SUPPRESS, metavar="N",
                         help="let Optuna choose N times from the grid, one after another, by what it has "
                              "seen (default: every combination once)")

@@ -30,6 +30,8 @@ stopped = []
 deaf = name.startswith("deaf")
 signal.signal(signal.SIGINT, lambda *_: log("deaf") if deaf else stopped.append(True))
 log("resume" if resumed else "start")
+if name.startswith("sees"):
+    log(os.environ.get("CUDA_VISIBLE_DEVICES", "any"))
 place = pathlib.Path("runs", name)
 place.mkdir(parents=True, exist_ok=True)
 os.makedirs("checkpoints", exist_ok=True)
@@ -105,6 +107,21 @@ def test_each_outcome_is_told_and_what_is_done_is_not_done_again(place):
     again = run(make(*names))
     assert logged(place) == ["resume wrong", "resume crash"]
     assert (again["a"], again["nan"]) == (outcomes["a"], outcomes["nan"])
+
+
+@pytest.mark.parametrize(("visible", "seen"), [("3,5", {"3": 2, "5": 2}), ("4", {"4": 4}), ("", {"": 4})])
+def test_runs_side_by_side_share_the_gpus(visible, seen, place, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    run(make(*(f"sees{number}" for number in range(4))), jobs=4)
+    given = [line.rpartition(" ")[0] for line in logged(place)]
+    assert {gpu: given.count(gpu) for gpu in set(given) - {"start", "end"}} == seen
+
+
+def test_without_gpus_nothing_is_hidden(place, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    run(make("sees"))
+    assert logged(place) == ["start sees", "any sees", "end sees"]
 
 
 def test_a_run_cut_short_goes_on(place):
