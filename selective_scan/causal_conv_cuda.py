@@ -96,7 +96,7 @@ def backward_kernel(dout, x, weight, bias, dx, sums, length, segments, dout_b, d
         total = (e * 0).to(tl.float32)
         for i in tl.static_range(SEGMENT):
             total += dss[i] * xs[i + k]
-        tl.store(sums + k * channels + e, total, mask=inside)
+        tl.store(sums + e * TAPS + k, total, mask=inside)
     total = (e * 0).to(tl.float32)
     for i in tl.static_range(SEGMENT):
         total += dss[i]
@@ -122,13 +122,13 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     bias = bias if bias is None else bias.contiguous()
     b, l, e = x.shape
     taps, segments = weight.shape[-1], triton.cdiv(l, SEGMENT)
-    sums = torch.empty(b * segments, taps + 1, e, device=x.device)
+    sums = torch.empty(b * segments, (taps + 1) * e, device=x.device)
     backward_kernel[(triton.cdiv(e, BLOCK), b * segments)](
         dout, x, weight, weight if bias is None else bias, dx, sums, l, segments, *dout.stride()[:2],
         *x.stride()[:2], *dx.stride()[:2], e, TAPS=taps, HAS_BIAS=bias is not None, SEGMENT=SEGMENT,
         BLOCK=BLOCK, num_warps=2)
-    sums = sum_rows(sums)
-    return sums[:taps].T.reshape(e, 1, taps), sums[taps].clone()
+    dweight, dbias = sum_rows(sums, taps * e)
+    return dweight.view(e, 1, taps), dbias
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ PART = 512               # rows of one program: more are summed in two passes, o
 
 
 @triton.jit
-def sum_rows_kernel(x, out, rows, width, part, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def sum_rows_kernel(x, out, rest, rows, width, split, part, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     x += tl.program_id(1).to(tl.int64) * part * width
     rows = tl.minimum(rows - tl.program_id(1) * part, part)
     row = tl.arange(0, ROWS)[:, None]
@@ -22,16 +22,23 @@ def sum_rows_kernel(x, out, rows, width, part, ROWS: tl.constexpr, COLUMNS: tl.c
         at = (tl.program_id(0) * 0 + first).to(tl.int64) * width
         inside = (row < rows - first) & (column < width)
         total += tl.load(x + at + row * width + column, mask=inside, other=0.0)
-    tl.store(out + tl.program_id(1) * width + column, tl.sum(total, axis=0)[None, :], mask=column < width)
+    total = tl.sum(total, axis=0)[None, :]
+    tl.store(out + tl.program_id(1) * width + column, total, mask=column < split)
+    tl.store(rest + column - split, total, mask=(column >= split) & (column < width))
 
 
-def sum_rows(x: Tensor) -> Tensor:
-    """x (rows, …) float32, contiguous, summed over its rows: (…). PyTorch's own is slow for few columns."""
-    rows, *shape = x.shape
-    parts = triton.cdiv(rows, PART) if rows > 2 * PART else 1
-    out = torch.empty(parts, *shape, device=x.device)
-    width = out[0].numel()
-    part = triton.cdiv(rows, parts)
-    sum_rows_kernel[(triton.cdiv(width, COLUMNS), parts)](x, out, rows, width, part, ROWS=ROWS,
-                                                          COLUMNS=COLUMNS)
-    return out[0] if parts == 1 else sum_rows(out)
+def sum_rows(x: Tensor, split: int) -> tuple[Tensor, Tensor]:
+    """x (rows, width) float32, contiguous, summed over its rows: the first `split` sums and the others.
+
+    Each in memory of its own, as an operator's outputs must be. PyTorch's sum is slow for few columns.
+    """
+    rows, width = x.shape
+    columns = triton.cdiv(width, COLUMNS)
+    parts = triton.cdiv(rows, PART)
+    if parts > 2:
+        sums, part = torch.empty(parts, width, device=x.device), triton.cdiv(rows, parts)
+        sum_rows_kernel[(columns, parts)](x, sums, sums, rows, width, width, part, ROWS=ROWS, COLUMNS=COLUMNS)
+        return sum_rows(sums, split)
+    out, rest = torch.empty(split, device=x.device), torch.empty(width - split, device=x.device)
+    sum_rows_kernel[(columns, 1)](x, out, rest, rows, width, split, rows, ROWS=ROWS, COLUMNS=COLUMNS)
+    return out, rest

@@ -242,8 +242,13 @@ def test_norm_and_mean_in_one(shape, dtype, seed, device):
 def test_many_rows_are_summed_in_parts(seed, device):
     from selective_scan.sums_cuda import sum_rows
 
-    x = torch.randn(1100, 3, 7, device=device)
-    torch.testing.assert_close(sum_rows(x), x.double().sum(0).float(), rtol=1e-5, atol=1e-4)
+    for rows in (1, 600, 1100):
+        x = torch.randn(rows, 37, device=device)
+        right = x.double().sum(0).float()
+        for split in (1, 16, 37):
+            first, others = sum_rows(x, split)
+            torch.testing.assert_close(first, right[:split], rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(others, right[split:], rtol=1e-5, atol=1e-4)
 
 
 @runs_here
