@@ -20,8 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mamba_ssm_simple import VisionMamba2, drop_path, drop_tokens, permute_pixels, positions, stem
-from selective_scan import norm_mean
+from mamba_ssm_simple import (
+    NormMean,
+    VisionMamba2,
+    drop_path,
+    drop_tokens,
+    permute_pixels,
+    positions,
+    stem,
+)
 
 
 class VisionLSTM(nn.Module):
@@ -31,8 +38,8 @@ class VisionLSTM(nn.Module):
     whatever was asked for (aten/src/ATen/cudnn/AutocastRNN.cpp), and no scaler keeps its gradients alive.
 
     Args:
-        num_classes, d_model, in_channels, patch_size, permute_seed, stem_depth, drop_tokens: see
-            `VisionMamba2`.
+        num_classes, d_model, in_channels, patch_size, permute_seed, stem_depth, position_embedding,
+            drop_tokens: see `VisionMamba2`.
         num_blocks: layers.
         hidden_size: states of a layer.
         bidirectional: each layer reads both ways.
@@ -42,9 +49,10 @@ class VisionLSTM(nn.Module):
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
                  patch_size: int = 4, hidden_size: int = 120, bidirectional: bool = False,
                  permute_seed: int | None = None, drop_path: float = 0.0, stem_depth: int = 1,
-                 drop_tokens: float = 0.0):
+                 position_embedding: bool = False, drop_tokens: float = 0.0):
         super().__init__()
-        self.permute_seed, self.drop_tokens = permute_seed, drop_tokens
+        self.permute_seed, self.position_embedding = permute_seed, position_embedding
+        self.drop_tokens = drop_tokens
         self.stem = stem(in_channels, d_model, patch_size, stem_depth)
         self.lstm = nn.LSTM(d_model, hidden_size, num_blocks, batch_first=True, bidirectional=bidirectional,
                             dropout=drop_path if num_blocks > 1 else 0.0)
@@ -54,19 +62,22 @@ class VisionLSTM(nn.Module):
                 if name.startswith("bias_ih"):
                     parameter[hidden_size:2 * hidden_size] = 1
         width = hidden_size * (2 if bidirectional else 1)
-        self.norm = nn.LayerNorm(width)
+        self.norm = NormMean(width)
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """(b, in_channels, height, width) → logits (b, K), any height and width."""
-        x = self.stem(permute_pixels(images, self.permute_seed)).flatten(2).transpose(1, 2)       # (b, l, d)
+        x = self.stem(permute_pixels(images, self.permute_seed)).permute(0, 2, 3, 1)  # (b, height, width, d)
+        if self.position_embedding:
+            x = x + positions(*x.shape[1:], x.device).to(x.dtype)
+        x = x.flatten(1, 2)                                                           # (b, l, d)
         x = drop_tokens(x, self.drop_tokens, self.training)
         if in_bfloat16_on_cuda(x):
             with torch.autocast("cuda", enabled=False):
                 x, _ = self.lstm(x.float())
         else:
             x, _ = self.lstm(x)                                                         # (b, l, hidden_size)
-        return self.head(norm_mean(x, self.norm.weight, self.norm.bias, self.norm.eps))
+        return self.head(self.norm(x))
 
 
 def in_bfloat16_on_cuda(x: Tensor) -> bool:
@@ -100,7 +111,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(
             TransformerBlock(d_model, mlp_width, num_heads, drop_path * (index + 1) / num_blocks)
             for index in range(num_blocks))
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = NormMean(d_model)
         self.head = nn.Linear(d_model, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -110,7 +121,7 @@ class VisionTransformer(nn.Module):
         x = drop_tokens(x, self.drop_tokens, self.training)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
-        return self.head(norm_mean(x, self.norm.weight, self.norm.bias, self.norm.eps))
+        return self.head(self.norm(x))
 
 
 class TransformerBlock(nn.Module):
@@ -152,16 +163,16 @@ ARCHITECTURES = {"mamba": VisionMamba2, "lstm": VisionLSTM, "transformer": Visio
 def matched_config(architecture: str, config: dict) -> dict:
     """The arguments of `architecture` that give it about as many parameters as VisionMamba2(**config) has.
 
-    What only one of them knows is left out: the order of the scan, d_state, and whether positions are added,
-    which a Transformer cannot do without. Raises KeyError for an architecture that is not in ARCHITECTURES,
-    and whatever VisionMamba2 raises for its config.
+    What an architecture does not know is left out: the order of the scan, d_state, and for a Transformer
+    whether positions are added, which it cannot do without. Raises KeyError for an architecture that is not
+    in ARCHITECTURES, and whatever VisionMamba2 raises for its config.
     """
     if architecture == "mamba":
         return config
-    own = ("scan", "d_state", "d_conv", "expand", "bidirectional", "position_embedding")
-    shared = {name: value for name, value in config.items() if name not in own}
-    if architecture == "lstm":
-        shared["bidirectional"] = config.get("bidirectional", False)
+    unknown = {"scan", "d_state", "d_conv", "expand"}
+    if architecture == "transformer":
+        unknown |= {"bidirectional", "position_embedding"}
+    shared = {name: value for name, value in config.items() if name not in unknown}
     size = {"lstm": "hidden_size", "transformer": "mlp_width"}[architecture]
 
     def build(value: int) -> nn.Module:

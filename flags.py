@@ -99,13 +99,13 @@ def argument_parser() -> ArgumentParser:
     add("--bidirectional", action=argparse.BooleanOptionalAction, default=False,
         help="read both ways in every block; a transformer does so anyway")
     add("--position-embedding", action=argparse.BooleanOptionalAction, default=False,
-        help="add sines and cosines of row and column to mamba's tokens; a transformer has them anyway")
+        help="add sines and cosines of row and column to the tokens; a transformer has them anyway")
     add("--permute-seed", type=seed, metavar="N", default=None,
         help="show the pixels of every image in one fixed random order, a function of N (None: as they lie)")
     add("--drop-path", type=fraction, metavar="RATE", default=0.0,
         help="how often an image goes past the last block in training, past earlier ones less often")
     add("--drop-tokens", type=fraction, metavar="RATE", default=0.0,
-        help="fraction of the tokens that are zero in training: against learning long sequences by heart")
+        help="how often a token is zero in training: against learning long sequences by heart")
     add("--augment", choices=augment.KINDS, default="affine",
         help="what is done to the training images; affine: random shifts, turns, zooms and shears; elastic: "
         "these and a smooth random warp; streamed images: random crops, whichever it is")

@@ -227,7 +227,7 @@ class VisionMamba2(nn.Module):
         drop_path: that of the last block; it rises linearly from the first to it.
         position_embedding: whether `positions` are added to the tokens, so that what a token does to the
             state can depend on where it stands.
-        drop_tokens: fraction of the tokens that the blocks do not get to see in training.
+        drop_tokens: how often a token is zero in training.
 
     Raises:
         ValueError: a patch_size that is not a power of two.
@@ -248,7 +248,7 @@ class VisionMamba2(nn.Module):
             MambaBlock(d_model, scan, index, d_state, d_conv, expand, bidirectional,
                        drop_path * (index + 1) / num_blocks)
             for index in range(num_blocks))
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = NormMean(d_model)
         self.head = nn.Linear(d_model, num_classes)
         # Residual branches start small, so that depth does not change the scale of the sum (GPT-2, §2.3).
         with torch.no_grad():
@@ -264,7 +264,14 @@ class VisionMamba2(nn.Module):
         x = drop_tokens(x, self.drop_tokens, self.training)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)
-        return self.head(norm_mean(x, self.norm.weight, self.norm.bias, self.norm.eps))
+        return self.head(self.norm(x))
+
+
+class NormMean(nn.LayerNorm):
+    """LayerNorm of every token, then their mean (global average pooling): (b, …, d) → (b, d)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_mean(x, self.weight, self.bias, self.eps)
 
 
 def stem(in_channels: int, d_model: int, patch_size: int, depth: int = 1) -> nn.Sequential:

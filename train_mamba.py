@@ -67,7 +67,7 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     except UserError as error:
         raise UserError(f"the settings in {path} do not fit this version: {error}") from error
     settings = parse_arguments(saved=saved)
-    for name, value in saved.items():
+    for name, value in vars(parse_arguments([], saved)).items():  # also those newer than the run
         if name not in MAY_CHANGE_ON_RESUME and getattr(settings, name) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} is {value} in {path}; a resumed run keeps its settings, so leave {flag} "

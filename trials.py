@@ -101,6 +101,8 @@ class Trial:
 
 def check(trials: Iterable[Trial]) -> None:
     """Raise UserError where a name cannot be a run's, or is that of a run with other settings."""
+    defaults = parse_arguments([])
+    fill_in(defaults)
     for trial in trials:
         if not checkpoint.is_run_name(trial.name):
             raise UserError(f"{trial.name!r} cannot name a run; choose a shorter --name, of letters, digits, "
@@ -110,9 +112,10 @@ def check(trials: Iterable[Trial]) -> None:
         contents = checkpoint.load_good(trial.last)
         saved = contents["settings"]
         for name, value in vars(trial.settings).items():
-            if name not in MAY_CHANGE_ON_RESUME and saved.get(name, value) != value:
+            there = saved.get(name, getattr(defaults, name))  # a flag may be newer than the run
+            if name not in MAY_CHANGE_ON_RESUME | {"run_name"} and there != value:
                 raise UserError(f"{trial.last} is there, of a run with --{name.replace('_', '-')} "
-                                f"{saved[name]} and not {value}; choose another --name, or delete that run")
+                                f"{there} and not {value}; choose another --name, or delete that run")
         if contents["epoch"] > len(trial.epochs()):
             raise UserError(f"{trial.last} is there, but not all of its epochs are in {trial.folder}; give "
                             "the --runs-dir that it was trained with, or delete that run")
@@ -122,8 +125,8 @@ def train(trials: Iterable[Trial], total: int, jobs: int) -> Iterator[tuple[Tria
     """Train what is not trained yet, `jobs` at once; every trial's outcome as soon as it is there.
 
     Each run gets one GPU, where there are some: the one with the fewest of these runs. `trials` is asked for
-    the next one only when there is room for it. Ctrl-C is handed on to the runs, which
-    save their states; then a line says how to go on, and the script ends with status 130.
+    the next one only when there is room for it. Ctrl-C is handed on to the runs, which save their states;
+    then a line says how to go on, and the script ends with status 130.
     """
     waiting, running, gpus = iter(trials), [], visible_gpus()
     finished, before = 0, 0.0  # trials; those, and parts of them, that took no time now
@@ -164,9 +167,9 @@ def train(trials: Iterable[Trial], total: int, jobs: int) -> Iterator[tuple[Tria
 
 def visible_gpus() -> list[str]:
     """Each GPU that the runs may use, by its name in the variable GPUS."""
-    if GPUS in os.environ:
-        return [gpu for gpu in os.environ[GPUS].split(",") if gpu]
-    return [str(number) for number in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()
+    names = os.environ[GPUS].split(",") if GPUS in os.environ else map(str, range(count))
+    return list(names)[:count]  # a name that stands for no GPU ends the list, to CUDA as well
 
 
 class _Run:

@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
                         help="hold out the validation images and report the accuracy on them alone")
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="train so many seeds side by side: on all GPUs that there are, or where one "
-                             "does not fill its GPU; its seconds are then no measure of speed")
+                             "does not fill its GPU; seconds are then no measure of speed")
     parser.add_argument("--runs-dir", type=absolute, default=Path("runs"), metavar="DIR",
                         help="the runs' folders")
     parser.add_argument("--checkpoints-dir", type=absolute, default=Path("checkpoints"), metavar="DIR",

@@ -15,8 +15,8 @@ from torch import Tensor
 from selective_scan.sums_cuda import sum_rows
 
 TILE = 2048      # numbers of one program's tile: whole tokens
-PROGRAMS = 1056  # of a mean's, at most: eight a processor of an H100; each leaves a partial sum
-BACKWARD_PROGRAMS, BACKWARD_WARPS = 528, 2  # of the norm's backward: four a processor; found by measuring
+PROGRAMS = 1056  # of a mean's, about: eight a processor of an H100; each leaves a partial sum
+BACKWARD_PROGRAMS, BACKWARD_WARPS = 528, 2  # of the norm's backward; found by measuring on an H200
 
 
 @triton.jit
@@ -86,15 +86,15 @@ def norm_backward_kernel(x, weight, dout, dy, dx, sums, rows, tiles, height, wid
 def norm_mean_kernel(x, sums, length, tiles, eps, d: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Σ over `tiles` tiles of an image's tokens of norm(x) / length, without weight and bias."""
     column = tl.arange(0, COLUMNS)[None, :]
-    image = (tl.program_id(0) * 0 + tl.program_id(1)).to(tl.int64) * length
+    image = tl.program_id(0).to(tl.int64)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for i in range(tiles):
-        token = ((tl.program_id(0) * tiles + i) * ROWS + tl.arange(0, ROWS))[:, None]
+        token = ((tl.program_id(1) * tiles + i) * ROWS + tl.arange(0, ROWS))[:, None]
         inside = (token < length) & (column < d)
-        x_ = tl.load(x + (image + token) * d + column, mask=inside, other=0.0).to(tl.float32)
+        x_ = tl.load(x + (image * length + token) * d + column, mask=inside, other=0.0).to(tl.float32)
         mean, scale = statistics(x_, inside, d, eps)
         total += tl.where(inside, (x_ - mean) * scale, 0.0)
-    at = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * d + column
+    at = (image * tl.num_programs(1) + tl.program_id(1)) * d + column
     tl.store(sums + at, tl.sum(total, axis=0)[None, :] / length, mask=column < d)
 
 
@@ -165,10 +165,10 @@ def norm_mean(x: Tensor, eps: float) -> Tensor:
     b, l, d = x.shape
     tile = _tile(d)
     tiles = triton.cdiv(l, tile["ROWS"])
-    each = triton.cdiv(tiles, triton.cdiv(PROGRAMS, b))
+    each = triton.cdiv(tiles, triton.cdiv(PROGRAMS, max(1, b)))
     parts = triton.cdiv(tiles, each)
     sums = torch.empty(b, parts, d, device=x.device)
-    norm_mean_kernel[(parts, b)](x, sums, l, each, eps, d, **tile)
+    norm_mean_kernel[(b, parts)](x, sums, l, each, eps, d, **tile)
     return sums.sum(dim=1)
 
 

@@ -122,7 +122,7 @@ def _backward(dy: Tensor, x: Tensor, norm_weight: Tensor | None, norm_bias: Tens
     sequence = _enter(x, norm_weight, norm_bias, eps, direction, dtype)
     dbranch = block_cuda.residual_backward(dy, scale, direction, dtype)
     dsequence, dweights = _mixer_backward(dbranch, sequence, _with(given, matrices), dt_proj.shape[1], A,
-                                           checkpoints)
+                                          checkpoints)
     if norm_weight is None:
         gradients = [dsequence.view(x.shape)]
     else:

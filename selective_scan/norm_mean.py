@@ -15,7 +15,7 @@ from selective_scan.dispatch import HAS_TRITON
 
 
 def norm_mean(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm (arXiv 1607.06450) of every token, then their mean.
+    """LayerNorm (arXiv 1607.06450) of every token, then their mean: global average pooling.
 
     Args:
         x: (batch, …, channels), floating point.
@@ -23,10 +23,11 @@ def norm_mean(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         eps: added to the variance.
 
     Returns:
-        (batch, channels) in x's dtype or, under autocast, float32; sums are float32 (float64 if x is).
+        (batch, channels) in x's dtype or, under autocast on CUDA, float32. Sums are float32 (float64 if x is
+        float64).
     """
     if x.device.type == "cuda" and HAS_TRITON and x.dtype != torch.float64:
-        out = torch.addcmul(bias, _forward(x.flatten(1, -2), eps), weight)
+        out = torch.addcmul(bias, _forward(x.flatten(1, -2).contiguous(), eps), weight)
         return out if torch.is_autocast_enabled("cuda") else out.to(x.dtype)
     return norm_mean_plain(x, weight, bias, eps)
 
@@ -43,7 +44,7 @@ def norm_mean_plain(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
 def _forward(x: Tensor, eps: float) -> Tensor:
     from selective_scan import block_cuda
 
-    return block_cuda.norm_mean(x.contiguous(), eps)
+    return block_cuda.norm_mean(x, eps)
 
 
 @_forward.register_fake
@@ -55,7 +56,7 @@ def _(x, eps):
 def _backward(dout: Tensor, x: Tensor, eps: float) -> Tensor:
     from selective_scan import block_cuda
 
-    return block_cuda.norm_mean_backward(dout.contiguous(), x.contiguous(), eps)
+    return block_cuda.norm_mean_backward(dout.contiguous(), x, eps)
 
 
 @_backward.register_fake

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS = 128, 16  # a tile: narrow, so that a few hundred columns still keep many processors busy
-PART = 512               # rows of one program: more are summed in two passes, or few programs would wait long
+PART = 512               # rows of one program; beyond twice as many, partial sums first: few would wait long
 
 
 @triton.jit

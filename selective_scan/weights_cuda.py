@@ -1,8 +1,8 @@
 """A mixer's matrices in the dtype of its products, on CUDA, by one Triton kernel for all of them.
 
 The rank of Δ, d_model / 16, is often no multiple of 8. x_proj then gets rows of zeros after its first r, and
-dt_proj columns: matrix products are up to twice as fast where rows begin at multiples of 16 bytes, and the
-results are the same.
+dt_proj columns: matrix products of half precision are up to twice as fast where rows begin at multiples of 16
+bytes, and the results are the same. Weights that need no cast keep their rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # numbers of one program
-ALIGNED = 64  # numbers between which matrices begin
+ALIGNED = 64  # every matrix begins at a multiple of it, or products would read it slowly
 RANK = 8      # the rank is filled up to a multiple of it
 
 

@@ -57,6 +57,18 @@ def test_a_transformer_without_positions_would_not_see_order(seed):
     assert not torch.allclose(model(images), model(images.flip(3)), atol=1e-4)
 
 
+@pytest.mark.parametrize("architecture", ["mamba", "lstm"])
+def test_positions_are_added_where_they_are_asked_for(architecture, seed):
+    config = {"d_model": 16, "num_blocks": 1, "patch_size": 1, "position_embedding": True}
+    model = build(architecture, **config).eval()
+    without = ARCHITECTURES[architecture](**matched_config(architecture, config)
+                                          | {"position_embedding": False}).eval()
+    without.load_state_dict(model.state_dict())
+    images = torch.rand(1, 1, 3, 4)
+    assert not torch.allclose(model(images), without(images), atol=1e-4)
+    assert "position_embedding" not in matched_config("transformer", config)
+
+
 def test_heads_divide_the_width():
     assert [usual_heads(width) for width in (16, 64, 128, 130, 192, 131)] == [1, 1, 2, 2, 3, 1]
     with pytest.raises(ValueError, match="3 heads do not divide 16"):

@@ -115,6 +115,19 @@ def test_sequences_that_share_a_program(seed, device):
 
 
 @runs_here
+def test_more_segments_than_are_carried_at_once(seed, device):
+    from selective_scan import cuda
+
+    shape = 2, 150, 20, 4
+    tensors = make(shape, torch.float32, device)
+    weights = torch.randn(2, 150, 20, device=device), torch.randn(2, 20, 4, device=device)
+    right = results("reference", [tensor.double() for tensor in tensors], weights)
+    plan = cuda._plan
+    with mock.patch.object(cuda, "_plan", lambda *given, **kind: plan(*given, **kind)._replace(segment=8)):
+        assert_close(results("triton", tensors, weights), right, torch.float32)
+
+
+@runs_here
 @pytest.mark.parametrize(("absent", "softplus"), [((), False), ((5,), True), ((6,), False), ((7,), True),
                                                   ((5, 6, 7), False)], ids=str)
 def test_optional_arguments(absent, softplus, seed, device):
@@ -221,7 +234,10 @@ def test_the_block_in_one_is_the_block_line_by_line(scan, index, dtype, seed, de
 @pytest.mark.parametrize(("shape", "dtype"), [
     ((1, 1, 1), torch.float32), ((2, 37, 20), torch.float32), ((3, 300, 33), torch.float16),
     ((2, 41, 1100), torch.bfloat16)], ids=str)
-def test_norm_and_mean_in_one(shape, dtype, seed, device):
+def test_norm_and_mean_in_one(shape, dtype, seed, device, monkeypatch):
+    from selective_scan import block_cuda
+
+    monkeypatch.setattr(block_cuda, "PROGRAMS", 4)  # a program then has several tiles, the last a part
     x, weight, bias = (torch.randn(*size, device=device) for size in (shape, shape[2:], shape[2:]))
     x, dy = x.to(dtype), torch.randn(shape[0], shape[2], device=device)
 
@@ -242,7 +258,7 @@ def test_norm_and_mean_in_one(shape, dtype, seed, device):
 def test_many_rows_are_summed_in_parts(seed, device):
     from selective_scan.sums_cuda import sum_rows
 
-    for rows in (1, 600, 1100):
+    for rows in (1, 513, 1024, 1025):
         x = torch.randn(rows, 37, device=device)
         right = x.double().sum(0).float()
         for split in (1, 16, 37):

@@ -508,11 +508,21 @@ def test_nothing_of_another_run_is_overwritten(there, train, tmp_path):
 @pytest.mark.parametrize("flag", [
     "--lr 5", "--d-model 64", "--epochs 3", "--dataset mnist", "--seed 1", "--no-augment", "--bidirectional",
     "--patch-size 4", "--run-name other", "--preset tiny", "--permute-seed 1",
-    "--model lstm"])
+    "--model lstm", "--position-embedding"])
 def test_a_resumed_run_keeps_its_settings(flag, train, whole, monkeypatch):
     monkeypatch.chdir(whole)
     before = snapshot(whole)
     assert_refused(train("--resume", *shlex.split(flag)), "a resumed run keeps its settings", whole, before)
+
+
+def test_a_flag_that_is_newer_than_the_run_is_refused(train, whole, tmp_path, monkeypatch):
+    contents = checkpoint.load(whole / "checkpoints" / "run.last.pt")
+    contents["epoch"] = 1
+    del contents["settings"]["drop_tokens"], contents["config"]["drop_tokens"]
+    checkpoint.save(tmp_path / "checkpoints" / "run.last.pt", contents)
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(tmp_path)
+    assert_refused(train("--resume", "--drop-tokens", 0.5), "--drop-tokens is 0.0 in", tmp_path, before)
 
 
 def test_a_checkpoint_without_a_state_of_training_is_refused(train, whole, monkeypatch):
