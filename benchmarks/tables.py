@@ -99,14 +99,22 @@ def machine(facts: dict) -> str:
 
 def training() -> str:
     lines = ["| command | test accuracy | an epoch takes | on |", "|---|---|---|---|"]
-    for name in ("mnist-1-epoch", "mnist-gpu"):
+    for name in ("mnist-1-epoch", "mnist-20-epochs", "mnist-gpu"):
         found = result(name)
-        accuracy = found["test_accuracy"]
         command = " ".join(["python train_mamba.py", *found["arguments"]])
-        lines.append(f"| `{command}` | {100 * accuracy['mean']:.2f} ± "
-                     f"{100 * accuracy['std']:.2f} % ({len(found['runs'])} seeds) | "
-                     f"{found['seconds_an_epoch']:.3g} s | {machine(found['machine'])} |")
+        lines.append(f"| `{command}` | {in_percent(found)} | {found['seconds_an_epoch']:.3g} s | "
+                     f"{machine(found['machine'])} |")
     return "\n".join(lines)
+
+
+def in_percent(found: dict) -> str:
+    """Mean and deviation over the seeds that came to their end, and their number."""
+    mean, std = found["test_accuracy"]["mean"], found["test_accuracy"]["std"]
+    percent = "–" if mean is None else f"{100 * mean:.2f}" + (f" ± {100 * std:.2f} %" if std else " %")
+    ended = sum(not run.get("nan") for run in found["runs"])
+    seeds = f"{ended} seed" + ("s" if ended != 1 else "")
+    nan = f", {found['nan_runs']} more ended in NaN" if found.get("nan_runs") else ""
+    return f"{percent} ({seeds}{nan})"
 
 
 def accuracies() -> str:
@@ -116,15 +124,11 @@ def accuracies() -> str:
         if not (ROOT / "results" / f"accuracy-{preset}.json").exists():
             continue
         found = result(f"accuracy-{preset}")
-        mean, std = found["test_accuracy"]["mean"], found["test_accuracy"]["std"]
-        percent = "–" if mean is None else f"{100 * mean:.2f}" + (f" ± {100 * std:.2f} %" if std else " %")
         ended = [run["training_seconds"] for run in found["runs"] if not run["nan"]]
-        seeds = f"{len(ended)} seed" + ("s" if len(ended) != 1 else "")
-        seeds += f", {found['nan_runs']} more ended in NaN" if found["nan_runs"] else ""
         seconds = f"{statistics.mean(ended):,.0f} s" if ended else "–"
         seconds += f", {found['jobs']} at once" if found["jobs"] > 1 else ""
-        lines.append(f"| `{' '.join(found['arguments'])}` | {what} | {found['parameters']:,} | {percent} "
-                     f"({seeds}) | {seconds} | {machine(found['machine'])} |")
+        lines.append(f"| `{' '.join(found['arguments'])}` | {what} | {found['parameters']:,} | "
+                     f"{in_percent(found)} | {seconds} | {machine(found['machine'])} |")
     if not lines:
         return "None is measured yet."
     return "\n".join(["| flags | what it is | parameters | test accuracy | a seed trains for | on |",
@@ -138,13 +142,11 @@ def headline() -> str:
     longest, batch = max((row["tokens"], row["batch"]) for row in compared["rows"])
     rows = {(row["network"], row["variant"]): f"{row['median_ms']:.3g} ms, {row['peak_mib']:.0f} MiB"
             for row in compared["rows"] if row["tokens"] == longest and row["median_ms"]}
-    accuracy = epoch["test_accuracy"]
     return "\n".join([
         "| | |", "|---|---|",
         f"| the trained model that comes along, on MNIST's test images | "
         f"{100 * contents['metrics']['test_accuracy']:.2f} % |",
-        f"| after one epoch of the first command below | {100 * accuracy['mean']:.2f} ± "
-        f"{100 * accuracy['std']:.2f} % ({len(epoch['runs'])} seeds) |",
+        f"| after one epoch of the first command below | {in_percent(epoch)} |",
         f"| {longest:,} tokens × {batch}, forward and backward, {compared['machine']['gpu']} | "
         f"ours {rows['mamba', 'captured']}; "
         f"Transformer under torch.compile {rows['transformer', 'compiled, captured']}; "
