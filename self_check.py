@@ -53,8 +53,8 @@ def show_model(device: torch.device) -> None:
     show("stem", model.stem)
     for index, block in enumerate(model.blocks):
         show(f"blocks.{index}", block)
-    show("norm", model.norm)
-    show("head of the mean token", model.head)
+    show("norm, mean of the tokens", model.norm)
+    show("head", model.head)
     with torch.inference_mode():
         model(images)
     print(f"{'all':<32}{'':>20}{count(model):>14,}")
