@@ -35,7 +35,7 @@ import explain
 import memory
 import profile_step
 from baselines import ARCHITECTURES, matched_config
-from flags import MAY_CHANGE_ON_RESUME, argument_parser, as_flags, fill_in, parse_arguments
+from flags import MAY_CHANGE_ON_RESUME, fill_in, parse_arguments
 from run_log import NoLog, RunLog
 from training import StopRequest, Training, accuracy, negative_log_likelihood
 
@@ -63,11 +63,11 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     saved = {name: Path(str(value)) if name.endswith("_dir") else value
              for name, value in resumed["settings"].items()} | {"checkpoints_dir": path.parent}
     try:
-        argument_parser().parse_args(as_flags(saved))
+        kept = parse_arguments([], saved)
     except UserError as error:
         raise UserError(f"the settings in {path} do not fit this version: {error}") from error
     settings = parse_arguments(saved=saved)
-    for name, value in vars(parse_arguments([], saved)).items():  # also those newer than the run
+    for name, value in vars(kept).items():  # also those newer than the run
         if name not in MAY_CHANGE_ON_RESUME and getattr(settings, name) != value:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} is {value} in {path}; a resumed run keeps its settings, so leave {flag} "

@@ -40,6 +40,13 @@ def statistics(x, inside, d: tl.constexpr, eps):
 
 
 @triton.jit
+def norm_gradient(dnormed, normed, scale, d: tl.constexpr):
+    """∂x of each row from that of (x − mean) · scale, which is `normed`; all (rows, columns), 0 outside."""
+    mean, along = tl.sum(dnormed, axis=1) / d, tl.sum(dnormed * normed, axis=1) / d
+    return scale * (dnormed - mean[:, None] - normed * along[:, None])
+
+
+@triton.jit
 def norm_kernel(x, weight, bias, out, rows, height, width, eps, d: tl.constexpr, DOWN: tl.constexpr,
                 REVERSE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -72,9 +79,7 @@ def norm_backward_kernel(x, weight, dout, dy, dx, sums, rows, tiles, height, wid
         normed = tl.where(inside, (x_ - mean) * scale, 0.0)
         dweight += dout_ * normed
         dbias += dout_
-        dout_ = dout_ * weight_
-        mean, along = tl.sum(dout_, axis=1) / d, tl.sum(dout_ * normed, axis=1) / d
-        dx_ = scale * (dout_ - mean[:, None] - normed * along[:, None])
+        dx_ = norm_gradient(dout_ * weight_, normed, scale, d)
         dx_ += tl.load(dy + from_, mask=inside, other=0.0).to(tl.float32)
         tl.store(dx + from_, dx_.to(dx.dtype.element_ty), mask=inside)
     sums += tl.program_id(0) * 2 * d + column
@@ -108,8 +113,7 @@ def norm_mean_backward_kernel(dout, x, dx, rows, length, eps, d: tl.constexpr, R
     dout_ = tl.load(dout + row // length * d + column, mask=inside, other=0.0) / length
     mean, scale = statistics(x_, inside, d, eps)
     normed = tl.where(inside, (x_ - mean) * scale, 0.0)
-    mean, along = tl.sum(dout_, axis=1) / d, tl.sum(dout_ * normed, axis=1) / d
-    dx_ = scale * (dout_ - mean[:, None] - normed * along[:, None])
+    dx_ = norm_gradient(dout_, normed, scale, d)
     tl.store(dx + row * d + column, dx_.to(dx.dtype.element_ty), mask=inside)
 
 

@@ -41,7 +41,7 @@ def cast(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     sizes = [matrix.numel() for matrix in matrices]
     places = starts(matrices)
     channels, rank = matrices[2].shape
-    more = -rank % RANK
+    more = _shapes(matrices)[2][1] - rank
     out = (torch.zeros if more else torch.empty)(places[-1], device=matrices[0].device, dtype=dtype)
     given = [matrix.float().contiguous() for matrix in matrices]  # no copy of a model's weights
     cast_kernel[(triton.cdiv(max(sizes), BLOCK), 4)](*given, out, *sizes, *places[1:4], rank, channels, more,

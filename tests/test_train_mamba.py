@@ -26,6 +26,7 @@ import evaluate
 import explain
 import mnist
 import train_mamba
+from flags import argument_parser
 from mamba_ssm_simple import VisionMamba2
 from run_log import RunLog
 from tests.commands import Ended, patched
@@ -555,7 +556,7 @@ def test_a_last_step_that_spoils_the_weights_is_seen_without_validation_images_t
     assert not (tmp_path / "checkpoints" / "run.pt").exists()
 
 
-FLAGS = [action.option_strings[0] for action in train_mamba.argument_parser()._actions
+FLAGS = [action.option_strings[0] for action in argument_parser()._actions
          if action.dest != "help"]
 
 
