@@ -169,7 +169,7 @@ def matched_config(architecture: str, config: dict) -> dict:
     """
     if architecture == "mamba":
         return config
-    unknown = {"scan", "d_state", "d_conv", "expand"}
+    unknown = {"scan", "d_state", "d_conv", "expand", "position_conv"}
     if architecture == "transformer":
         unknown |= {"bidirectional", "position_embedding"}
     shared = {name: value for name, value in config.items() if name not in unknown}

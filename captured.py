@@ -9,53 +9,68 @@ At MNIST's sizes Python launches kernels more slowly than an H100 runs them; a g
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # calls before the capture: kernels are compiled, the optimiser makes its state
+WARM_UP = 3  # calls before the first capture: kernels are compiled, the optimiser makes its state
+
+
+class Captured(NamedTuple):
+    """A graph, where it reads its batch, and what it returns."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: tuple[Tensor, ...]
+    results: tuple[Tensor, ...]
+
+    def replay(self, *batch: Tensor) -> tuple[Tensor, ...]:
+        for target, source in zip(self.inputs, batch, strict=True):
+            target.copy_(source)
+        self.graph.replay()
+        return self.results
 
 
 class CapturedStep:
-    """`function(images, labels)` on a CUDA device, replayed from a graph for batches like the first one.
+    """`function(images, labels)` on a CUDA device, replayed from a graph; one for each size of batch.
 
     The function must do the same work at every call: no number of Python's that changes, no look at the
-    device. Every call counts, also those before the capture and those on smaller batches, which run as
-    usual; results are the same bits either way. What it returns is overwritten by the next call.
-    `generators` are those that it draws random numbers from, besides the device's own.
+    device. Every call counts, also those before a capture, which run as usual; results are the same bits
+    either way. What it returns is overwritten by the next call. `generators` are those that it draws random
+    numbers from, besides the device's own.
     """
 
     def __init__(self, function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
                  generators: list[torch.Generator]):
         self.function, self.generators = function, generators
-        self.inputs: tuple[Tensor, Tensor] | None = None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.calls = 0
+        self.warm_up = WARM_UP  # calls to come before the next capture
+        self.captured: dict[torch.Size, Captured] = {}  # by the images' shape
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        if self.inputs is None:
-            self.inputs = images.clone(), labels.clone()
-        if images.shape != self.inputs[0].shape:
-            return self.function(images, labels)
-        for target, source in zip(self.inputs, (images, labels), strict=True):
-            target.copy_(source)
-        self.calls += 1
-        if self.calls <= WARM_UP:
-            return self._on_a_side_stream()
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            for generator in self.generators:
-                self.graph.register_generator_state(generator)
-            with torch.cuda.graph(self.graph):
-                self.results = self.function(*self.inputs)
-        self.graph.replay()
-        return self.results
+        if images.shape in self.captured:
+            return self.captured[images.shape].replay(images, labels)
+        if self.warm_up > 0:
+            self.warm_up -= 1
+            return self._on_a_side_stream(images, labels)
+        self.warm_up = 1  # of another size
+        captured = self.captured[images.shape] = self._capture(images.clone(), labels.clone())
+        return captured.replay(images, labels)
 
-    def _on_a_side_stream(self) -> tuple[Tensor, ...]:
+    def _capture(self, *inputs: Tensor) -> Captured:
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        # They never run at the same time, so that one's memory serves them all.
+        pool = next((other.graph.pool() for other in self.captured.values()), None)
+        with torch.cuda.graph(graph, pool=pool):
+            results = self.function(*inputs)
+        return Captured(graph, inputs, results)
+
+    def _on_a_side_stream(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """As a capture will run it: work of the default stream must not find its way into the graph."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            results = self.function(*self.inputs)
+            results = self.function(*inputs)
         torch.cuda.current_stream().wait_stream(stream)
         return results

@@ -169,24 +169,32 @@ class MambaBlock(nn.Module):
             two blocks, or four, every token has seen the whole image, at the price of one direction a block.
         d_state, d_conv, expand, bidirectional: see `SelectiveScan`.
         drop_path: how often an image goes past the block in training (arXiv 1603.09382).
+        position_conv: whether a depthwise 3×3 convolution of the map is added to it first: a token sees all
+            its neighbours, and by the zeros around the map how near its edges are (arXiv 2102.10882).
 
     Raises:
         ValueError: an unknown scan.
     """
 
     def __init__(self, d_model: int, scan: str = "row", index: int = 0, d_state: int = 16, d_conv: int = 4,
-                 expand: int = 2, bidirectional: bool = False, drop_path: float = 0.0):
+                 expand: int = 2, bidirectional: bool = False, drop_path: float = 0.0,
+                 position_conv: bool = False):
         super().__init__()
         if scan not in SCANS:
             raise ValueError(f"scan must be one of {', '.join(SCANS)}, but is {scan!r}")
         self.rows = scan == "row"
         self.direction = SCANS[scan][index % len(SCANS[scan])]
         self.drop_path = drop_path
+        self.position_conv = None
+        if position_conv:
+            self.position_conv = nn.Conv2d(d_model, d_model, 3, padding=1, groups=d_model)
         self.norm = nn.LayerNorm(d_model)
         self.mixer = SelectiveScan(d_model, d_state, d_conv, expand, bidirectional=bidirectional)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, height, width, d) → the same shape."""
+        if self.position_conv is not None:
+            x = x + self.position_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if self.mixer.fuses(x):  # training on CUDA: the lines below as one operator
             return self.fused(x)
         sequence = to_sequence(self.norm(x), self.direction, self.rows)
@@ -228,6 +236,7 @@ class VisionMamba2(nn.Module):
         position_embedding: whether `positions` are added to the tokens, so that what a token does to the
             state can depend on where it stands.
         drop_tokens: how often a token is zero in training.
+        position_conv: see `MambaBlock`.
 
     Raises:
         ValueError: a patch_size that is not a power of two.
@@ -239,14 +248,14 @@ class VisionMamba2(nn.Module):
                  patch_size: int = 4, scan: str = "cross", d_state: int = 16, d_conv: int = 4,
                  expand: int = 2, bidirectional: bool = False, permute_seed: int | None = None,
                  drop_path: float = 0.0, stem_depth: int = 1, position_embedding: bool = False,
-                 drop_tokens: float = 0.0):
+                 drop_tokens: float = 0.0, position_conv: bool = False):
         super().__init__()
         self.permute_seed, self.position_embedding = permute_seed, position_embedding
         self.drop_tokens = drop_tokens
         self.stem = stem(in_channels, d_model, patch_size, stem_depth)
         self.blocks = nn.ModuleList(
             MambaBlock(d_model, scan, index, d_state, d_conv, expand, bidirectional,
-                       drop_path * (index + 1) / num_blocks)
+                       drop_path * (index + 1) / num_blocks, position_conv)
             for index in range(num_blocks))
         self.norm = NormMean(d_model)
         self.head = nn.Linear(d_model, num_classes)
@@ -314,13 +323,13 @@ def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def drop_tokens(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Tokens (b, …, d), each zero with probability `rate`, so that none is relied on alone.
+    """Tokens (b, …, d), each zero with probability `rate`, the others scaled up: none is relied on alone.
 
     As in arXiv 2208.07220, where they are taken out of the sequence; here its length stays.
     """
     if rate == 0 or not training:
         return x
-    return x * (torch.rand(*x.shape[:-1], 1, device=x.device) >= rate)
+    return x * F.dropout(x.new_ones(*x.shape[:-1], 1), rate)
 
 
 def permute_pixels(images: Tensor, seed: int | None) -> Tensor:

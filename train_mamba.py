@@ -192,7 +192,7 @@ def build_model(settings: argparse.Namespace, num_classes: int, in_channels: int
               "d_state": settings.d_state, "bidirectional": settings.bidirectional,
               "permute_seed": settings.permute_seed, "drop_path": settings.drop_path,
               "stem_depth": settings.stem_depth, "position_embedding": settings.position_embedding,
-              "drop_tokens": settings.drop_tokens}
+              "drop_tokens": settings.drop_tokens, "position_conv": settings.position_conv}
     try:
         config = matched_config(settings.model, config)
         model = evaluate.on_device(ARCHITECTURES[settings.model](**config), device)

@@ -112,8 +112,12 @@ class Training:
                   desc=f"epoch {self.epoch + 1}/{self.settings.epochs}") as bar:
             batches = data.epoch_batches(self.dataset.train, self.settings.batch_size, order, start=done,
                                          part=lambda size: distributed.part(size).images)
+            reading = None
             for index, (images, labels) in enumerate(batches, start=done):
                 loss, norm = self.train_step(images, labels)
+                if reading is not None:  # of the step before: meanwhile the device has this one to work on
+                    self.report(reading, started, log, bar)
+                    reading = None
                 bar.update()
                 last = index + 1 == self.steps_an_epoch
                 look = self.step % LOG_EVERY == 0 or last
@@ -122,12 +126,10 @@ class Training:
                 due = (look and time.monotonic() - saved >= int(every[:-1]) if by_the_clock
                        else self.step % int(every) == 0)
                 if look or due:
-                    value = loss.item() / len(images)  # waits for the device
-                    self.check_finite(value, float(norm))
-                    self.seconds = time.perf_counter() - started
-                    log.step(self.step, value, self.summary()["learning_rate"], float(norm))
-                    bar.set_postfix_str(f"loss {value:.4f}, accuracy {self.summary()['train_accuracy']:.2%}, "
-                                        f"{self.images / self.seconds:,.0f} images/s")
+                    reading = Reading(self, loss / len(images), norm)
+                if last or stopping or due:
+                    self.report(reading, started, log, bar)
+                    reading = None
                 if stopping and not last:
                     return False
                 if due and not last:
@@ -135,6 +137,15 @@ class Training:
                     saved = time.monotonic()
         self.epoch += 1
         return True
+
+    def report(self, reading: Reading, started: float, log: RunLog, bar: tqdm) -> None:
+        """Check and tell what a step came to, of an epoch that began at `started` of time.perf_counter()."""
+        loss, norm, rate, _, hits = reading.wait()
+        self.seconds = time.perf_counter() - started
+        self.check_finite(loss, norm, reading.step)
+        log.step(reading.step, loss, rate, norm)
+        bar.set_postfix_str(f"loss {loss:.4f}, accuracy {hits / reading.images:.2%}, "
+                            f"{reading.images / self.seconds:,.0f} images/s")
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One step on images (b, C, H, W) uint8 and labels (b,); the sum of losses and the gradient norm."""
@@ -189,14 +200,15 @@ class Training:
         progress = (self.step - warm_up) / max(1, total - warm_up)
         return self.settings.lr * (LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def check_finite(self, loss: float, norm: float = 0.0) -> None:
-        """Raises UserError where the loss, or the gradient's norm, is no number any more."""
+    def check_finite(self, loss: float, norm: float = 0.0, step: int | None = None) -> None:
+        """Raises UserError where the loss, or the gradient's norm, of a step (None: this) is no number."""
         if self.scaler.is_enabled():
             norm = 0.0  # the scaler looks for itself, and leaves such a step out
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
             rate = float(self.optimizer.param_groups[0]["lr"])
-            raise UserError(f"the {what} at step {self.step} with learning rate {rate:.3g}; the last good "
+            step = self.step if step is None else step
+            raise UserError(f"the {what} at step {step} with learning rate {rate:.3g}; the last good "
                             f"state is {self.saved}; begin a new run with a lower --lr than "
                             f"{self.settings.lr:g} or with --amp off")
 
@@ -247,6 +259,28 @@ class Training:
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise UserError(f"the state in {self.settings.resume} does not fit this version or device "
                             f"({type(error).__name__}: {str(error)[:160]}); train anew") from error
+
+
+class Reading:
+    """Figures of a step on their way from the device; only `wait` waits for them."""
+
+    def __init__(self, training: Training, loss: Tensor, norm: Tensor) -> None:
+        """loss, norm: () of the step just made, on its device."""
+        self.step, self.images = training.step, training.images
+        dtype, device = training.sums.dtype, training.device
+        rate = torch.as_tensor(training.optimizer.param_groups[0]["lr"], device=device)
+        figures = torch.stack([figure.to(dtype) for figure in (loss, norm, rate, *training.sums)])
+        on_cuda = device.type == "cuda"
+        self.figures = figures.to("cpu", non_blocking=on_cuda)
+        self.there = torch.cuda.Event() if on_cuda else None
+        if self.there is not None:
+            self.there.record()
+
+    def wait(self) -> list[float]:
+        """Its loss, gradient norm and learning rate; of its epoch until then the sums of losses and hits."""
+        if self.there is not None:
+            self.there.synchronize()
+        return self.figures.tolist()
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -5,7 +5,8 @@
 
 Four layers of width 128 without stem and head, forward and backward, the gradients of input and weights.
 All networks have as many parameters as ours within 5%, which makes the Transformer's MLPs narrow;
-`transformer-4x` is the usual one with MLPs four times as wide as the tokens, and has more.
+`transformer-4x` is the usual one with MLPs four times as wide as the tokens, and has more. `mamba` has 16
+states a channel, as the paper; `mamba-8` has 8, as `--preset gpu`.
 
 On CUDA: matrix products in bfloat16, each step captured in a CUDA graph, as it is and under torch.compile;
 attention by PyTorch's flash kernel, looked for by name among the kernels that ran; cuDNN's LSTM with bfloat16
@@ -78,8 +79,8 @@ class Row(NamedTuple):
 # ---- The networks -----------------------------------------------------------------------------------------
 
 
-def mamba() -> nn.Module:
-    return nn.Sequential(*(MambaBlock(WIDTH, "cross", index) for index in range(DEPTH)))
+def mamba(d_state: int = 16) -> nn.Module:
+    return nn.Sequential(*(MambaBlock(WIDTH, "cross", index, d_state) for index in range(DEPTH)))
 
 
 def transformer(mlp_width: int) -> nn.Module:
@@ -94,7 +95,7 @@ def builders() -> dict[str, Callable[[], nn.Module]]:
     """How to make each network."""
     ours = count(mamba())
     hidden, narrow = matched_size(lstm, ours), matched_size(transformer, ours)
-    return {"mamba": mamba, "transformer": lambda: transformer(narrow),
+    return {"mamba": mamba, "mamba-8": lambda: mamba(8), "transformer": lambda: transformer(narrow),
             "transformer-4x": lambda: transformer(4 * WIDTH), "lstm": lambda: lstm(hidden)}
 
 
@@ -114,7 +115,7 @@ class Step:
         if network == "lstm":
             module.to(dtype)
         side = round(size.tokens**0.5)
-        grid = (side, side) if network == "mamba" else (size.tokens,)
+        grid = (side, side) if network.startswith("mamba") else (size.tokens,)
         generator = torch.Generator(device).manual_seed(0)
         self.x = torch.randn(size.batch, *grid, WIDTH, device=device, dtype=dtype, generator=generator)
         self.x.requires_grad_()

@@ -41,7 +41,7 @@ def test_it_writes_times_memory_and_plots(run, tmp_path):
     status, result, out, _ = run("--sizes", "4x2", "16x1", "--repeats", 1)
     assert status == 0
     assert {(row["network"], row["tokens"]) for row in result["rows"]} == {
-        (network, tokens) for network in ("mamba", "transformer", "transformer-4x", "lstm")
+        (network, tokens) for network in ("mamba", "mamba-8", "transformer", "transformer-4x", "lstm")
         for tokens in (4, 16)}
     assert all(row["median_ms"] > 0 and row["peak_mib"] > 0 and row["error"] is None
                for row in result["rows"])
@@ -53,19 +53,20 @@ def test_it_writes_times_memory_and_plots(run, tmp_path):
     assert "times_time.png" in out
 
     status, merged, *_ = run("--sizes", "9x1", "--repeats", 1, "--networks", "lstm", "--merge")
-    assert status == 0 and [row["tokens"] for row in merged["rows"]] == [4] * 4 + [9] + [16] * 4
+    assert status == 0 and [row["tokens"] for row in merged["rows"]] == [4] * 5 + [9] + [16] * 5
 
 
 def test_a_failure_is_recorded_and_the_rest_goes_on(run, monkeypatch):
     class Broken(nn.Module):
         def forward(self, x):
             raise RuntimeError("no kernel\nfor this")
-    monkeypatch.setattr(compare, "mamba", Broken)
+    monkeypatch.setattr(compare, "mamba", lambda d_state=16: Broken())
     monkeypatch.setattr(compare, "matched_size", lambda *_: 16)
     status, result, out, _ = run("--sizes", "4x1", "--repeats", 1)
     assert status == 0 and "no kernel for this" in out
-    failed, *others = result["rows"]
-    assert failed["error"] == "RuntimeError: no kernel for this" and failed["median_ms"] is None
+    failed, also_failed, *others = result["rows"]
+    assert also_failed["error"] == failed["error"] == "RuntimeError: no kernel for this"
+    assert failed["median_ms"] is None
     assert all(row["error"] is None and row["median_ms"] > 0 for row in others)
 
 

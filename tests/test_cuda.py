@@ -128,6 +128,26 @@ def test_more_segments_than_are_carried_at_once(seed, device):
 
 
 @runs_here
+def test_eight_states_of_a_long_sequence(seed, device):
+    """Two lanes for the states of a channel where time is cut into enough segments; else four."""
+    from selective_scan import cuda
+
+    shape = 2, 150, 130, 8
+    assert [cuda._plan(*given, cuda.CHUNK, backward=True).lanes_n
+            for given in ((64, 784, 256, 8), (64, 196, 128, 8), shape)] == [2, 4, 4]
+    tensors = make(shape, torch.float32, device)
+    weights = torch.randn(2, 150, 130, device=device), torch.randn(2, 130, 8, device=device)
+    right = results("reference", [tensor.double() for tensor in tensors], weights)
+    plan = cuda._plan
+
+    def two_lanes(*given, backward):
+        return plan(*given, backward=backward)._replace(**({"lanes_n": 2} if backward else {}))
+
+    with mock.patch.object(cuda, "_plan", two_lanes):
+        assert_close(results("triton", tensors, weights), right, torch.float32)
+
+
+@runs_here
 @pytest.mark.parametrize(("absent", "softplus"), [((), False), ((5,), True), ((6,), False), ((7,), True),
                                                   ((5, 6, 7), False)], ids=str)
 def test_optional_arguments(absent, softplus, seed, device):

@@ -380,7 +380,7 @@ def test_a_captured_run_is_resumed_to_the_bit(number, train, tmp_path, monkeypat
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
     folders = ["--runs-dir", "whole/runs", "--checkpoints-dir", "whole/checkpoints"]
     assert train(*settings, *folders).status == 0
-    assert len(replays) == 2 * (STEPS - 1) - captured.WARM_UP, "but for smaller batches, every step was one"
+    assert len(replays) == 2 * STEPS - captured.WARM_UP - 1, "but for the first smaller batch, every step was"
     with pytest.MonkeyPatch.context() as patch:
         interrupt_step(patch, number)
         assert train(*settings).status == 130
