@@ -184,8 +184,8 @@ def scan_on_cpu() -> str:
     return "\n".join(lines)
 
 
-def scan_on_cuda() -> str:
-    found = result("bench_scan_cuda")
+def scan_on_cuda(name: str) -> str:
+    found = result(name)
     table = found["table"]
     bandwidth = table["copy_bytes_per_second"] / 1e12
     official = table["mamba_ssm_us"]  # None where mamba_ssm was not installed
@@ -277,7 +277,8 @@ def spoken_digits() -> str:
 
 
 TABLES = {"headline": headline, "training": training, "accuracy": accuracies, "shipped": shipped,
-          "scan-cpu": scan_on_cpu, "scan-cuda": scan_on_cuda, "architectures": architectures,
+          "scan-cpu": scan_on_cpu, "scan-cuda": lambda: scan_on_cuda("bench_scan_cuda"),
+          "scan-cuda-h200": lambda: scan_on_cuda("bench_scan_cuda_h200"), "architectures": architectures,
           "crash-test": crash_test, "load-test": load_test, "imagenet": imagenet,
           "spoken-digits": spoken_digits}
 

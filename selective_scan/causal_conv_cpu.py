@@ -6,15 +6,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selective_scan.cpu import kernel, sequences, sigmoid
+from selective_scan.cpu import scratch, sequences
+from selective_scan.numba_math import kernel, sigmoid
 from selective_scan.tasks import blocks, run, slices
 
 
 @kernel
-def forward_task(first, last, channel, length, strides, x, weight, bias, out):
-    """Forward of batch items first..last−1 and the channels of weight (w, channels) from `channel` on."""
+def forward_task(first, last, channel, length, strides, x, weight, bias, s, out):
+    """Forward of batch items first..last−1 and the channels of weight (w, channels) from `channel` on.
+
+    s (channels,) is memory for the convolution of one step.
+    """
     taps, width = weight.shape
-    s = np.empty(width, np.float32)
     for b in range(first, last):
         for t in range(length):
             for i in range(width):
@@ -30,13 +33,12 @@ def forward_task(first, last, channel, length, strides, x, weight, bias, out):
 
 
 @kernel
-def backward_task(first, last, channel, length, strides, dout, x, weight, bias, dx, dweight, dbias):
+def backward_task(first, last, channel, length, strides, dout, x, weight, bias, s, dx, dweight, dbias):
     """Backward of the same; dweight (w, channels) and dbias are this task's own sums over the batch.
 
     With s the convolution: ∂x_t = Σ_k weight_k ∂s_{t+w−1−k},  ∂weight_k = Σ_t ∂s_t x_{t−w+1+k}.
     """
     taps, width = weight.shape
-    s = np.empty(width, np.float32)
     for b in range(first, last):
         for t in range(length):
             dx_t = dx[b, t, channel:channel + width]
@@ -73,7 +75,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     def task(items: range, channels: slice) -> None:
         forward_task(items.start, items.stop, channels.start, l, strides, values,
-                     np.ascontiguousarray(taps[:, channels]), shift[channels], out.numpy())
+                     np.ascontiguousarray(taps[:, channels]), shift[channels], *scratch(shift[channels].size),
+                     out.numpy())
 
     run([(task, items, channels) for _, items in slices(b) for _, channels in blocks(e)])
     return out.to(x.dtype)
@@ -93,7 +96,8 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     def task(index: int, items: range, channels: slice) -> None:
         own_dweight = np.zeros_like(taps[:, channels])
         backward_task(items.start, items.stop, channels.start, l, strides, *given,
-                      np.ascontiguousarray(taps[:, channels]), shift[channels], own_dx.numpy(), own_dweight,
+                      np.ascontiguousarray(taps[:, channels]), shift[channels],
+                      *scratch(shift[channels].size), own_dx.numpy(), own_dweight,
                       dbias[index, channels].numpy())
         dweight[index, :, channels] = torch.from_numpy(own_dweight)
 

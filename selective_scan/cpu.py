@@ -5,103 +5,55 @@ threads and share nothing, so results do not depend on that number. Inside a tas
 and channels are innermost, where LLVM turns them into SIMD lanes; the states of one block stay in
 the first-level cache. The backward recomputes the states of CHUNK steps at a time from checkpoints.
 
-States and all arithmetic are float32. `np.exp` is a scalar call in PyPI's Numba, so exponential and
-softplus are written out as polynomials, accurate to about one unit in the last place.
+States and all arithmetic are float32.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from selective_scan.numba_math import LN_2, LOG2_E, exp2, kernel, sigmoid, softplus
 from selective_scan.tasks import blocks, run, slices
 
 CHUNK = 16       # steps between checkpoints: 2 · 16 · 16 · 256 floats of scratch fit a second-level cache
 
-LOG2_E = np.float32(1.4426950408889634)
-LN_2 = np.float32(0.6931471805599453)
-
-# NaN and infinity keep their meaning; only the order of sums and fused multiply-adds are left to LLVM.
-FAST = {"contract", "reassoc", "nsz", "arcp"}
-kernel = njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True, boundscheck=False)
-
-
-@njit(fastmath=FAST, error_model="numpy", inline="always")
-def exp2(x):
-    """2^x for float32, clamped to the normal range; minimax polynomial on [−½, ½].
-
-    Numba makes sums and products of int32 int64, which AVX2 cannot turn into floats: hence int32 once more.
-    """
-    x = max(min(x, np.float32(127.0)), np.float32(-126.0))
-    biased = np.int32(x + np.float32(127.5))  # the nearest exponent; positive, so truncation is floor
-    f = x - np.float32(np.int32(biased - np.int32(127)))
-    p = np.float32(1.5353362e-4)
-    p = p * f + np.float32(1.3398874e-3)
-    p = p * f + np.float32(9.6184373e-3)
-    p = p * f + np.float32(5.5503324e-2)
-    p = p * f + np.float32(2.4022647e-1)
-    p = p * f + np.float32(6.9314720e-1)
-    p = p * f + np.float32(1.0)
-    return p * np.int32(biased * np.int32(1 << 23)).view(np.float32)
-
-
-@njit(fastmath=FAST, error_model="numpy", inline="always")
-def sigmoid(x):
-    return np.float32(1.0) / (np.float32(1.0) + exp2(-x * LOG2_E))
-
-
-@njit(fastmath=FAST, error_model="numpy", inline="always")
-def softplus(x):
-    """log(1 + e^x) = max(x, 0) + log1p(y), y = e^−|x|; log1p(y) = 2 artanh(y / (2 + y)) by its series."""
-    y = exp2(-abs(x) * LOG2_E)
-    s = y / (np.float32(2.0) + y)  # at most ⅓, so eight terms reach float32
-    q = s * s
-    p = np.float32(1 / 15)
-    p = p * q + np.float32(1 / 13)
-    p = p * q + np.float32(1 / 11)
-    p = p * q + np.float32(1 / 9)
-    p = p * q + np.float32(1 / 7)
-    p = p * q + np.float32(1 / 5)
-    p = p * q + np.float32(1 / 3)
-    p = p * q + np.float32(1.0)
-    return max(x, np.float32(0.0)) + np.float32(2.0) * s * p
-
 
 @kernel
 def step_sizes(delta, bias, with_softplus, dt, slope):
-    """Δ of one step, and its derivative by what came in: bias added, softplus taken."""
+    """Δ of one step: bias added, softplus taken; its derivative by what came in, unless `slope` is empty."""
     if with_softplus:
-        for i in range(dt.size):
-            raw = delta[i] + bias[i]
-            dt[i] = softplus(raw)
-            slope[i] = sigmoid(raw)
+        softplus(delta, bias, dt, slope)
     else:
         for i in range(dt.size):
             dt[i] = delta[i] + bias[i]
+        for i in range(slope.size):
             slope[i] = np.float32(1.0)
 
 
 @kernel
+def copy(source, target):
+    for i in range(target.size):
+        target[i] = source[i]
+
+
+@kernel
 def forward_task(first, last, channel, length, chunk, save, strides, u, delta, A2, B, C, D, z, bias,
-                 with_softplus, out, last_state, checkpoints):
+                 with_softplus, scratch, out, last_state, checkpoints):
     """Forward of batch items first..last−1 and the A2.shape[1] channels from `channel` on."""
     n, width = A2.shape
-    h = np.empty((n, width), np.float32)
-    dt = np.empty(width, np.float32)
-    slope = np.empty(width, np.float32)
-    du = np.empty(width, np.float32)
-    y = np.empty(width, np.float32)
+    h, dt, du, y, no_slope = scratch
     for b in range(first, last):
         h[:] = np.float32(0.0)
         for t in range(length):
             if save and t > 0 and t % chunk == 0:
-                checkpoints[b, t // chunk - 1, :, channel:channel + width] = h
+                for s in range(n):
+                    copy(h[s], checkpoints[b, t // chunk - 1, s, channel:channel + width])
             at = b * strides[0, 0] + t * strides[0, 1] + channel
             u_t = u[at:at + width]
             at = b * strides[1, 0] + t * strides[1, 1] + channel
-            step_sizes(delta[at:at + width], bias, with_softplus, dt, slope)
+            step_sizes(delta[at:at + width], bias, with_softplus, dt, no_slope)
             for i in range(width):
                 du[i] = dt[i] * u_t[i]
                 y[i] = D[i] * u_t[i]
@@ -109,10 +61,9 @@ def forward_task(first, last, channel, length, chunk, save, strides, u, delta, A
             at_C = b * strides[3, 0] + t * strides[3, 1]
             for s in range(n):
                 b_s, c_s = B[at_B + s], C[at_C + s]
-                h_s, a_s = h[s], A2[s]
                 for i in range(width):
-                    value = exp2(dt[i] * a_s[i]) * h_s[i] + du[i] * b_s
-                    h_s[i] = value
+                    value = exp2(dt[i] * A2[s, i]) * h[s, i] + du[i] * b_s
+                    h[s, i] = value
                     y[i] += c_s * value
             out_t = out[b, t, channel:channel + width]
             if z.size > 0:
@@ -121,14 +72,14 @@ def forward_task(first, last, channel, length, chunk, save, strides, u, delta, A
                 for i in range(width):
                     out_t[i] = y[i] * z_t[i] * sigmoid(z_t[i])
             else:
-                for i in range(width):
-                    out_t[i] = y[i]
-        last_state[b, :, channel:channel + width] = h
+                copy(y, out_t)
+        for s in range(n):
+            copy(h[s], last_state[b, s, channel:channel + width])
 
 
 @kernel
 def backward_task(first, last, channel, length, chunk, strides, u, delta, A2, B, C, D, z, bias, with_softplus,
-                  checkpoints, dout, dlast_state, du, ddelta, dA, dB, dC, dD, dz, dbias):
+                  checkpoints, dout, dlast_state, scratch, du, ddelta, dA, dB, dC, dD, dz, dbias):
     """Backward of batch items first..last−1 and the A2.shape[1] channels from `channel` on.
 
     dA, dD and dbias are this task's own sums over the batch; dB and dC this block's own sums over channels.
@@ -137,84 +88,78 @@ def backward_task(first, last, channel, length, chunk, strides, u, delta, A2, B,
     ∂(Δ_t A) = g_t exp(Δ_t A) h_{t−1}.
     """
     n, width = A2.shape
-    g = np.empty((n, width), np.float32)
-    hs = np.empty((chunk + 1, n, width), np.float32)     # h_{t−1} and h_t of every step of one chunk
-    decays = np.empty((chunk, n, width), np.float32)
-    dts = np.empty((chunk, width), np.float32)
-    slopes = np.empty((chunk, width), np.float32)        # ∂Δ / ∂(what came in)
-    inputs = np.empty((chunk, width), np.float32)        # Δ u
-    ys = np.empty((chunk, width), np.float32)
-    dy = np.empty(width, np.float32)
-    d_input = np.empty(width, np.float32)
-    d_step = np.empty(width, np.float32)
+    # Of every step of a chunk: decays and what they carry on of the states; Δ, its slope, Δ u and ∂y.
+    h, g, decays, carried, dts, slopes, inputs, dys, y, gate, d_input, d_step = scratch
     for b in range(first, last):
-        g[:] = dlast_state[b, :, channel:channel + width]
+        for s in range(n):
+            copy(dlast_state[b, s, channel:channel + width], g[s])
         for k0 in range((length - 1) // chunk * chunk, -1, -chunk):
             steps = min(chunk, length - k0)
+            h[:] = np.float32(0.0)
             if k0 > 0:
-                hs[0] = checkpoints[b, k0 // chunk - 1, :, channel:channel + width]
-            else:
-                hs[0] = np.float32(0.0)
+                for s in range(n):
+                    copy(checkpoints[b, k0 // chunk - 1, s, channel:channel + width], h[s])
             for k in range(steps):
                 t = k0 + k
                 at = b * strides[0, 0] + t * strides[0, 1] + channel
                 u_t = u[at:at + width]
                 at = b * strides[1, 0] + t * strides[1, 1] + channel
-                dt, slope, x, y = dts[k], slopes[k], inputs[k], ys[k]
-                step_sizes(delta[at:at + width], bias, with_softplus, dt, slope)
+                dt, x, dy = dts[k], inputs[k], dys[k]
+                step_sizes(delta[at:at + width], bias, with_softplus, dt, slopes[k])
                 for i in range(width):
                     x[i] = dt[i] * u_t[i]
                     y[i] = D[i] * u_t[i]
+                dout_t = dout[b, t, channel:channel + width]
+                at = b * strides[4, 0] + t * strides[4, 1] + channel
+                z_t = z[at:at + width] if z.size > 0 else dout_t
+                if z.size > 0:
+                    for i in range(width):
+                        gate[i] = sigmoid(z_t[i])
+                        dy[i] = dout_t[i] * z_t[i] * gate[i]
+                else:
+                    copy(dout_t, dy)
                 at_B = b * strides[2, 0] + t * strides[2, 1]
                 at_C = b * strides[3, 0] + t * strides[3, 1]
                 for s in range(n):
                     b_s, c_s = B[at_B + s], C[at_C + s]
-                    before, after, decay, a_s = hs[k, s], hs[k + 1, s], decays[k, s], A2[s]
+                    d_c = np.float32(0.0)
                     for i in range(width):
-                        d = exp2(dt[i] * a_s[i])
-                        value = d * before[i] + x[i] * b_s
-                        decay[i] = d
-                        after[i] = value
+                        decay = exp2(dt[i] * A2[s, i])
+                        before = decay * h[s, i]
+                        value = before + x[i] * b_s
+                        decays[k, s, i] = decay
+                        carried[k, s, i] = before
+                        h[s, i] = value
                         y[i] += c_s * value
+                        d_c += dy[i] * value
+                    dC[b, t, s] = d_c
+                if z.size > 0:
+                    dz_t = dz[b, t, channel:channel + width]
+                    for i in range(width):
+                        silu_slope = gate[i] * (np.float32(1.0) + z_t[i] * (np.float32(1.0) - gate[i]))
+                        dz_t[i] = dout_t[i] * y[i] * silu_slope
             for k in range(steps - 1, -1, -1):
                 t = k0 + k
                 at = b * strides[0, 0] + t * strides[0, 1] + channel
                 u_t = u[at:at + width]
-                dt, slope, x, y = dts[k], slopes[k], inputs[k], ys[k]
-                dout_t = dout[b, t, channel:channel + width]
-                if z.size > 0:
-                    at = b * strides[4, 0] + t * strides[4, 1] + channel
-                    z_t = z[at:at + width]
-                    dz_t = dz[b, t, channel:channel + width]
-                    for i in range(width):
-                        gate = sigmoid(z_t[i])
-                        silu = z_t[i] * gate
-                        dy[i] = dout_t[i] * silu
-                        dz_t[i] = dout_t[i] * y[i] * (gate + silu * (np.float32(1.0) - gate))
-                else:
-                    dy[:] = dout_t
-                d_input[:] = np.float32(0.0)
-                d_step[:] = np.float32(0.0)
+                dt, slope, x, dy = dts[k], slopes[k], inputs[k], dys[k]
+                for i in range(width):
+                    d_input[i] = np.float32(0.0)
+                    d_step[i] = np.float32(0.0)
                 at_B = b * strides[2, 0] + t * strides[2, 1]
                 at_C = b * strides[3, 0] + t * strides[3, 1]
                 for s in range(n):
                     b_s, c_s = B[at_B + s], C[at_C + s]
-                    g_s, before, after = g[s], hs[k, s], hs[k + 1, s]
-                    decay, a_s, dA_s = decays[k, s], A2[s], dA[s]
                     d_b = np.float32(0.0)
-                    d_c = np.float32(0.0)
                     for i in range(width):
-                        g_i = g_s[i] + dy[i] * c_s
-                        d_c += dy[i] * after[i]
+                        g_i = g[s, i] + dy[i] * c_s
                         d_b += g_i * x[i]
                         d_input[i] += g_i * b_s
-                        carried = g_i * decay[i]
-                        g_s[i] = carried
-                        d_exponent = carried * before[i]
-                        d_step[i] += d_exponent * a_s[i]
-                        dA_s[i] += d_exponent * dt[i]
+                        g[s, i] = g_i * decays[k, s, i]
+                        d_exponent = g_i * carried[k, s, i]
+                        d_step[i] += d_exponent * A2[s, i]
+                        dA[s, i] += d_exponent * dt[i]
                     dB[b, t, s] = d_b
-                    dC[b, t, s] = d_c
                 du_t = du[b, t, channel:channel + width]
                 ddelta_t = ddelta[b, t, channel:channel + width]
                 for i in range(width):
@@ -240,8 +185,10 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     def task(items: range, channels: slice) -> None:
         u, delta, B, C, z = inputs
         A2, D, bias = (weight[..., channels] for weight in weights)
+        width = A2.shape[1]
         forward_task(items.start, items.stop, channels.start, l, CHUNK, save, strides, u, delta,
-                     np.ascontiguousarray(A2), B, C, D, z, bias, delta_softplus, *results)
+                     np.ascontiguousarray(A2), B, C, D, z, bias, delta_softplus,
+                     scratch((n, width), width, width, width, 0), *results)
 
     run([(task, items, channels) for _, items in slices(b) for _, channels in blocks(e)])
     return out.to(u.dtype), last_state, checkpoints
@@ -270,8 +217,10 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
         u, delta, B, C, z = inputs
         A2, D, bias = (weight[..., channels] for weight in weights)
         own_dA = np.zeros(A2.shape, np.float32)
+        state, width = A2.shape, A2.shape[1]
+        memory = scratch(state, state, (CHUNK, *state), (CHUNK, *state), *[(CHUNK, width)] * 4, *[width] * 4)
         backward_task(items.start, items.stop, channels.start, l, CHUNK, strides, u, delta,
-                      np.ascontiguousarray(A2), B, C, D, z, bias, delta_softplus, *given,
+                      np.ascontiguousarray(A2), B, C, D, z, bias, delta_softplus, *given, memory,
                       du.numpy(), ddelta.numpy(), own_dA, dB[block_index].numpy(), dC[block_index].numpy(),
                       dD[slice_index, channels].numpy(), NOTHING_3D if dz is None else dz.numpy(),
                       dbias[slice_index, channels].numpy())
@@ -281,6 +230,11 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
     return (du, ddelta, dA.sum(0).T, dB.sum(0) if len(of_channels) > 1 else dB[0],
             dC.sum(0) if len(of_channels) > 1 else dC[0],
             None if D is None else dD.sum(0), dz, None if delta_bias is None else dbias.sum(0))
+
+
+def scratch(*shapes: int | tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Memory for one task's kernel, float32."""
+    return tuple(np.empty(shape, np.float32) for shape in shapes)
 
 
 NOTHING = np.empty(0, np.float32)
