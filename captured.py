@@ -43,16 +43,17 @@ class CapturedStep:
     def __init__(self, function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
                  generators: list[torch.Generator]):
         self.function, self.generators = function, generators
-        self.warm_up = WARM_UP  # calls to come before the next capture
-        self.captured: dict[torch.Size, Captured] = {}  # by the images' shape
+        self.warm_up = WARM_UP  # calls to come before the first capture
+        self.seen: set[torch.Size] = set()              # shapes of images that have run
+        self.captured: dict[torch.Size, Captured] = {}  # by that shape
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         if images.shape in self.captured:
             return self.captured[images.shape].replay(images, labels)
-        if self.warm_up > 0:
+        if self.warm_up > 0 or images.shape not in self.seen:  # torch.compile may not compile in a capture
             self.warm_up -= 1
+            self.seen.add(images.shape)
             return self._on_a_side_stream(images, labels)
-        self.warm_up = 1  # of another size
         captured = self.captured[images.shape] = self._capture(images.clone(), labels.clone())
         return captured.replay(images, labels)
 

@@ -6,7 +6,8 @@
 
 The last state is a sum with one term for each token, h_L = Σ_t exp(A Σ_{s>t} Δ_s) Δ_t B_t u_t, which
 follows from the recurrence (arXiv 2312.00752, eq. 2) by unrolling it. u is the token after the causal
-convolution, so that it holds something of the w−1 tokens before it, too.
+convolution, so that it holds something of the w−1 tokens before it, too (and with `position_conv` of its
+neighbours).
 
 Shapes: b images, l tokens of one sequence, e channels, n states a channel. With scan="row" an image is
 as many sequences as it has rows; else it is one.

@@ -160,6 +160,8 @@ class SelectiveScan(StateSpace):
 class MambaBlock(nn.Module):
     """x + SelectiveScan(LayerNorm(x)) on a feature map (b, height, width, d); 2-D to 1-D and back.
 
+    With `position_conv`, x is first x + conv(x).
+
     Args:
         d_model: channels of the feature map.
         scan: "row", each row its own sequence, left to right; "raster", one sequence of height · width
@@ -168,7 +170,7 @@ class MambaBlock(nn.Module):
             and backwards, with "cross" they go right, down, left, up (as in arXiv 2402.05892), so that after
             two blocks, or four, every token has seen the whole image, at the price of one direction a block.
         d_state, d_conv, expand, bidirectional: see `SelectiveScan`.
-        drop_path: how often an image goes past the block in training (arXiv 1603.09382).
+        drop_path: how often an image goes past the mixer in training (arXiv 1603.09382).
         position_conv: whether a depthwise 3×3 convolution of the map is added to it first: a token sees all
             its neighbours, and by the zeros around the map how near its edges are (arXiv 2102.10882).
 

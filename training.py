@@ -127,7 +127,8 @@ class Training:
                        else self.step % int(every) == 0)
                 if look or due:
                     reading = Reading(self, loss / len(images), norm)
-                if last or stopping or due:
+                # Several processes must see at the same step that a loss is no number.
+                if reading is not None and (last or stopping or due or distributed.size() > 1):
                     self.report(reading, started, log, bar)
                     reading = None
                 if stopping and not last:
@@ -142,7 +143,7 @@ class Training:
         """Check and tell what a step came to, of an epoch that began at `started` of time.perf_counter()."""
         loss, norm, rate, _, hits = reading.wait()
         self.seconds = time.perf_counter() - started
-        self.check_finite(loss, norm, reading.step)
+        self.check_finite(loss, norm, reading.step, rate)
         log.step(reading.step, loss, rate, norm)
         bar.set_postfix_str(f"loss {loss:.4f}, accuracy {hits / reading.images:.2%}, "
                             f"{reading.images / self.seconds:,.0f} images/s")
@@ -200,13 +201,17 @@ class Training:
         progress = (self.step - warm_up) / max(1, total - warm_up)
         return self.settings.lr * (LAST_LR + (1 - LAST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
 
-    def check_finite(self, loss: float, norm: float = 0.0, step: int | None = None) -> None:
-        """Raises UserError where the loss, or the gradient's norm, of a step (None: this) is no number."""
+    def check_finite(self, loss: float, norm: float = 0.0, step: int | None = None,
+                     rate: float | None = None) -> None:
+        """Raises UserError where the loss, or the gradient's norm, of a step is no number.
+
+        `step` and its learning rate are those to name; None is the last one.
+        """
         if self.scaler.is_enabled():
             norm = 0.0  # the scaler looks for itself, and leaves such a step out
         if not (math.isfinite(loss) and math.isfinite(norm)):
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient's norm is {norm}"
-            rate = float(self.optimizer.param_groups[0]["lr"])
+            rate = float(self.optimizer.param_groups[0]["lr"]) if rate is None else rate
             step = self.step if step is None else step
             raise UserError(f"the {what} at step {step} with learning rate {rate:.3g}; the last good "
                             f"state is {self.saved}; begin a new run with a lower --lr than "
@@ -262,7 +267,7 @@ class Training:
 
 
 class Reading:
-    """Figures of a step on their way from the device; only `wait` waits for them."""
+    """Figures of a step on their way from the device; on CUDA only `wait` waits for them."""
 
     def __init__(self, training: Training, loss: Tensor, norm: Tensor) -> None:
         """loss, norm: () of the step just made, on its device."""

@@ -4,9 +4,9 @@
     python benchmarks/compare_architectures.py --sizes 196x64 784x64 --networks mamba transformer
 
 Four layers of width 128 without stem and head, forward and backward, the gradients of input and weights.
-All networks have as many parameters as ours within 5%, which makes the Transformer's MLPs narrow;
-`transformer-4x` is the usual one with MLPs four times as wide as the tokens, and has more. `mamba` has 16
-states a channel, as the paper; `mamba-8` has 8, as `--preset gpu`.
+Transformer and LSTM have as many parameters as ours (`mamba`, 16 states a channel as in the paper) within 5%,
+which makes the Transformer's MLPs narrow. Two more do not: `transformer-4x`, the usual one with MLPs four
+times as wide as the tokens, and `mamba-8`, with 8 states as in `--preset gpu`.
 
 On CUDA: matrix products in bfloat16, each step captured in a CUDA graph, as it is and under torch.compile;
 attention by PyTorch's flash kernel, looked for by name among the kernels that ran; cuDNN's LSTM with bfloat16

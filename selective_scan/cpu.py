@@ -40,10 +40,10 @@ def copy(source, target):
 
 @kernel
 def forward_task(first, last, channel, length, chunk, save, strides, u, delta, A2, B, C, D, z, bias,
-                 with_softplus, scratch, out, last_state, checkpoints):
+                 with_softplus, memory, out, last_state, checkpoints):
     """Forward of batch items first..last−1 and the A2.shape[1] channels from `channel` on."""
     n, width = A2.shape
-    h, dt, du, y, no_slope = scratch
+    h, dt, du, y, no_slope = memory
     for b in range(first, last):
         h[:] = np.float32(0.0)
         for t in range(length):
@@ -79,7 +79,7 @@ def forward_task(first, last, channel, length, chunk, save, strides, u, delta, A
 
 @kernel
 def backward_task(first, last, channel, length, chunk, strides, u, delta, A2, B, C, D, z, bias, with_softplus,
-                  checkpoints, dout, dlast_state, scratch, du, ddelta, dA, dB, dC, dD, dz, dbias):
+                  checkpoints, dout, dlast_state, memory, du, ddelta, dA, dB, dC, dD, dz, dbias):
     """Backward of batch items first..last−1 and the A2.shape[1] channels from `channel` on.
 
     dA, dD and dbias are this task's own sums over the batch; dB and dC this block's own sums over channels.
@@ -89,7 +89,7 @@ def backward_task(first, last, channel, length, chunk, strides, u, delta, A2, B,
     """
     n, width = A2.shape
     # Of every step of a chunk: decays and what they carry on of the states; Δ, its slope, Δ u and ∂y.
-    h, g, decays, carried, dts, slopes, inputs, dys, y, gate, d_input, d_step = scratch
+    h, g, decays, carried, dts, slopes, inputs, dys, y, gate, d_input, d_step = memory
     for b in range(first, last):
         for s in range(n):
             copy(dlast_state[b, s, channel:channel + width], g[s])
@@ -186,9 +186,9 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
         u, delta, B, C, z = inputs
         A2, D, bias = (weight[..., channels] for weight in weights)
         width = A2.shape[1]
+        memory = scratch((n, width), width, width, width, 0)
         forward_task(items.start, items.stop, channels.start, l, CHUNK, save, strides, u, delta,
-                     np.ascontiguousarray(A2), B, C, D, z, bias, delta_softplus,
-                     scratch((n, width), width, width, width, 0), *results)
+                     np.ascontiguousarray(A2), B, C, D, z, bias, delta_softplus, memory, *results)
 
     run([(task, items, channels) for _, items in slices(b) for _, channels in blocks(e)])
     return out.to(u.dtype), last_state, checkpoints
@@ -218,7 +218,9 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
         A2, D, bias = (weight[..., channels] for weight in weights)
         own_dA = np.zeros(A2.shape, np.float32)
         state, width = A2.shape, A2.shape[1]
-        memory = scratch(state, state, (CHUNK, *state), (CHUNK, *state), *[(CHUNK, width)] * 4, *[width] * 4)
+        of_each_step = (CHUNK, width)
+        memory = scratch(state, state, (CHUNK, *state), (CHUNK, *state), of_each_step, of_each_step,
+                         of_each_step, of_each_step, width, width, width, width)
         backward_task(items.start, items.stop, channels.start, l, CHUNK, strides, u, delta,
                       np.ascontiguousarray(A2), B, C, D, z, bias, delta_softplus, *given, memory,
                       du.numpy(), ddelta.numpy(), own_dA, dB[block_index].numpy(), dC[block_index].numpy(),

@@ -173,19 +173,20 @@ def _plan(batch: int, length: int, channels: int, n: int, chunk: int, backward: 
     # the forward that is nearly all of the work again, so more has to be missing (found by measuring).
     few, enough = (800, 1056) if backward else (200, 1584)
 
-    def cut(plan: Plan) -> tuple[int, int]:
-        """Warps without segments, and segments."""
-        given = warps * batch * triton.cdiv(channels, plan.block)
-        return given, max(1, min(enough // given, length // 48)) if given < few else 1
+    def cut(block: int) -> tuple[int, int]:
+        """Warps without segments, and segments, for so many channels a program."""
+        warps_given = warps * batch * triton.cdiv(channels, block)
+        fitting = max(1, min(enough // warps_given, length // 48))
+        return warps_given, fitting if warps_given < few else 1
 
-    given, segments = cut(plan)
+    given, segments = cut(plan.block)
     if backward and N == 8:
-        # Two lanes for 8 states add up less among them, but make half as many programs: better (by a tenth,
-        # at 784 tokens) where time is long enough to make up for that.
+        # Two lanes for 8 states add up less among them, but make half as many programs: a tenth better at 784
+        # tokens, where segments make up for those, and worse at 196, where they do not. Not tried elsewhere.
         wider = plan._replace(lanes_n=2)
-        given_then, segments_then = cut(wider)
-        if segments_then > 1 and given_then * segments_then > 0.9 * enough:
-            plan, given, segments = wider, given_then, segments_then
+        wider_given, wider_segments = cut(wider.block)
+        if wider_segments > 1 and wider_given * wider_segments > 0.9 * enough:
+            plan, given, segments = wider, wider_given, wider_segments
     # Of far more short sequences than fit at once, programs take several each, one after another: weights are
     # then loaded, and their gradients written, fewer times.
     items = triton.cdiv(given, RESIDENT) if backward and given > 3 * RESIDENT else 1

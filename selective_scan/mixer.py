@@ -4,7 +4,7 @@ What PyTorch's autograd would keep of a Mamba block (the norm's output, in_proj'
 and after its projection, the gated output) is most of a training step's memory. `mixer` and `mamba_block`
 keep their input and the scan's checkpoints and compute the rest again; the gated output, which out_proj's
 gradient needs, falls out of the scan's backward. They give what `SelectiveScan.forward` and
-`MambaBlock.forward` give line by line.
+`MambaBlock.forward` (after its `position_conv`) give line by line.
 """
 
 from __future__ import annotations

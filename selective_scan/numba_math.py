@@ -1,10 +1,15 @@
 """What the Numba kernels are made of: how they are compiled, and exponential, sigmoid and softplus.
 
 `np.exp` is a scalar call in PyPI's Numba, so these are written out as polynomials, which LLVM turns into SIMD
-instructions; they are accurate to about one unit in the last place of float32.
+instructions. exp2 is right to one unit in the last place of float32; sigmoid and softplus of x lose up to
+|x| / 2 units more, because x is scaled for it and rounded.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from llvmlite import binding
@@ -16,10 +21,30 @@ ROUND = np.float32(1.5 * 2**23 + 127)  # added to x, leaves round(x) + 127 in th
 
 # NaN and infinity keep their meaning; only the order of sums and fused multiply-adds are left to LLVM.
 FAST = {"contract", "reassoc", "nsz", "arcp"}
-# Without Numba's runtime nobody counts the references to arrays that slices are, which took a sixth of the
-# scan's backward. Kernels can then make no arrays: what they need is given to them.
-kernel = njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True, boundscheck=False, _nrt=False)
 inlined = njit(fastmath=FAST, error_model="numpy", inline="always")
+
+
+def kernel(function: Callable) -> Callable:
+    """A function to be compiled, and kept on disk for the next process.
+
+    Without Numba's runtime (`_nrt`) nobody counts the references to arrays that slices are, which took a
+    sixth of the scan's backward. Kernels can then make no arrays: what they need is given to them.
+    """
+    compiled = njit(nogil=True, fastmath=FAST, error_model="numpy", cache=True, boundscheck=False,
+                    _nrt=False)(function)
+    forget_if_older(compiled, function.__name__, Path(__file__))
+    return compiled
+
+
+def forget_if_older(compiled: Callable, name: str, source: Path) -> None:
+    """Drop what is on disk of a kernel from before `source` changed, of which Numba does not know.
+
+    It looks at the kernel's own file alone, and would go on with an exponential of an older version.
+    """
+    with contextlib.suppress(OSError):  # a folder that cannot be written was not written, either
+        for index in Path(compiled.stats.cache_path).glob(f"*.{name}-*.nbi"):
+            if index.stat().st_mtime < source.stat().st_mtime:
+                index.unlink()
 
 
 def use_whole_vectors() -> None:
@@ -37,7 +62,7 @@ def use_whole_vectors() -> None:
             config.CPU_FEATURES = f"{features.flatten()},-prefer-256-bit"
 
 
-use_whole_vectors()  # before anything is compiled
+use_whole_vectors()  # before anything is decorated: Numba looks at its settings then
 
 
 @njit(fastmath=FAST - {"reassoc"}, error_model="numpy")

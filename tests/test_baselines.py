@@ -21,7 +21,8 @@ def build(architecture: str, **config) -> torch.nn.Module:
 
 @pytest.mark.parametrize("architecture", BASELINES)
 @pytest.mark.parametrize("config", [{}, {"d_model": 48}, {"num_blocks": 8, "patch_size": 2}, {"d_state": 64},
-                                    {"bidirectional": True}, {"in_channels": 3, "d_model": 192}], ids=str)
+                                    {"bidirectional": True}, {"in_channels": 3, "d_model": 192},
+                                    {"position_conv": True}], ids=str)
 def test_as_many_parameters_as_mamba_within_five_percent(architecture, config):
     ours = count_on_meta(lambda: VisionMamba2(**config))
     assert abs(count_on_meta(lambda: build(architecture, **config)) - ours) <= 0.05 * ours

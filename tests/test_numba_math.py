@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,7 +12,7 @@ numba = pytest.importorskip("numba")
 
 from selective_scan import numba_math  # noqa: E402
 
-ULP = np.finfo(np.float32).eps
+LAST_PLACE = np.finfo(np.float32).eps
 
 
 @numba.njit(error_model="numpy", fastmath=numba_math.FAST)
@@ -49,7 +52,7 @@ def test_elementary_functions(function, seed):
     function(x, y)
     right = RIGHT[function](x.astype(np.float64))
     # An exponential's argument, rounded, tells up to |x| halves of a last place.
-    allowed = 4 * ULP if function is exp2_of else (4 + np.abs(x)) * ULP
+    allowed = LAST_PLACE if function is exp2_of else (4 + np.abs(x)) * LAST_PLACE
     assert (np.abs(y - right) <= allowed * right).all()
 
 
@@ -89,3 +92,29 @@ def test_what_the_user_has_set_stays(variable, value, config):
     numba_math.use_whole_vectors()
     chosen = config.CPU_FEATURES
     assert chosen == (value if variable == "CPU_FEATURES" else None)
+
+
+def test_a_kernel_from_before_a_change_here_is_forgotten(tmp_path):
+    class Compiled:
+        class stats:
+            cache_path = str(tmp_path)
+
+    source = tmp_path / "numba_math.py"
+    source.touch()
+    older, newer, other = (tmp_path / f"cpu.{name}-90.py311.nbi" for name in ("forward_task", "backward_task",
+                                                                              "forward"))
+    for index, seconds in ((older, -9), (newer, 9), (other, -9)):
+        index.touch()
+        os.utime(index, times=(source.stat().st_mtime + seconds,) * 2)
+    for name in ("forward_task", "backward_task"):
+        numba_math.forget_if_older(Compiled, name, source)
+    assert not older.exists() and newer.exists() and other.exists()
+    Compiled.stats.cache_path = str(tmp_path / "none")
+    numba_math.forget_if_older(Compiled, "forward_task", source)
+
+
+def test_its_kernels_are_kept_where_it_looks():
+    x = np.zeros(3, np.float32)
+    numba_math.softplus(x, x, np.empty(3, np.float32), np.empty(0, np.float32))
+    kept = Path(numba_math.softplus.stats.cache_path).glob("numba_math.softplus-*.nbi")
+    assert list(kept), "or forget_if_older would look for another name"
