@@ -273,7 +273,7 @@ class Reading:
         """loss, norm: () of the step just made, on its device."""
         self.step, self.images = training.step, training.images
         dtype, device = training.sums.dtype, training.device
-        rate = torch.as_tensor(training.optimizer.param_groups[0]["lr"], device=device)
+        rate = torch.as_tensor(training.optimizer.param_groups[0]["lr"], dtype=dtype, device=device)
         figures = torch.stack([figure.to(dtype) for figure in (loss, norm, rate, *training.sums)])
         on_cuda = device.type == "cuda"
         self.figures = figures.to("cpu", non_blocking=on_cuda)

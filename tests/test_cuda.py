@@ -324,6 +324,18 @@ def test_a_dropped_path_leaves_an_image_as_it_was(scan, seed, device):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_position_conv_comes_before_the_block_in_one(seed):
+    module = MambaBlock(20, "cross", 1, d_state=4, position_conv=True).cuda()
+    plain = copy.deepcopy(module).cpu().double()
+    x = torch.randn(2, 3, 5, 20, device="cuda", requires_grad=True)
+    x_plain = x.detach().cpu().double().requires_grad_()
+    got, right = ((y, *torch.autograd.grad(y.square().sum(), [given, block.position_conv.weight]))
+                  for block, given in ((module, x), (plain, x_plain)) for y in [block(given)])
+    for a, b in zip(got, right, strict=True):
+        assert (a.cpu().double() - b).norm() <= 1e-2 * b.norm()  # TF32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_compile_export_and_graph_capture(seed):
     from mamba_ssm_simple import VisionMamba2
 
