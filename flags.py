@@ -100,10 +100,10 @@ def argument_parser() -> ArgumentParser:
         help="read both ways in every block; a transformer does so anyway")
     add("--position-embedding", action=argparse.BooleanOptionalAction, default=False,
         help="add sines and cosines of row and column to the tokens; a transformer has them anyway")
-    add("--permute-seed", type=seed, metavar="N", default=None,
-        help="show the pixels of every image in one fixed random order, a function of N (None: as they lie)")
     add("--position-conv", action=argparse.BooleanOptionalAction, default=False,
         help="before each block of mamba a depthwise 3×3 convolution: a token sees all of its neighbours")
+    add("--permute-seed", type=seed, metavar="N", default=None,
+        help="show the pixels of every image in one fixed random order, a function of N (None: as they lie)")
     add("--drop-path", type=fraction, metavar="RATE", default=0.0,
         help="how often an image goes past the last block in training, past earlier ones less often")
     add("--drop-tokens", type=fraction, metavar="RATE", default=0.0,

@@ -201,7 +201,7 @@ def main() -> None:
         write(result, output)
         plots = draw(result, output)
     if device.type == "cuda":
-        result["attention"] |= check_attention(makers, sizes[-1], device, not arguments.no_compile)
+        result["attention"] |= check_attention(makers, max(sizes), device, not arguments.no_compile)
         write(result, output)
     for name, exponent in result["exponents"].items():
         print(f"time of one sequence grows with length to the power of {exponent:.3f}: {name}")

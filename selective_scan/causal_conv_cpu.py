@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selective_scan.cpu import scratch, sequences
+from selective_scan.cpu import sequences
 from selective_scan.numba_math import kernel, sigmoid
 from selective_scan.tasks import blocks, run, slices
 
@@ -75,8 +75,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     def task(items: range, channels: slice) -> None:
         forward_task(items.start, items.stop, channels.start, l, strides, values,
-                     np.ascontiguousarray(taps[:, channels]), shift[channels], *scratch(shift[channels].size),
-                     out.numpy())
+                     np.ascontiguousarray(taps[:, channels]), shift[channels],
+                     np.empty_like(shift[channels]), out.numpy())
 
     run([(task, items, channels) for _, items in slices(b) for _, channels in blocks(e)])
     return out.to(x.dtype)
@@ -97,7 +97,7 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
         own_dweight = np.zeros_like(taps[:, channels])
         backward_task(items.start, items.stop, channels.start, l, strides, *given,
                       np.ascontiguousarray(taps[:, channels]), shift[channels],
-                      *scratch(shift[channels].size), own_dx.numpy(), own_dweight,
+                      np.empty_like(shift[channels]), own_dx.numpy(), own_dweight,
                       dbias[index, channels].numpy())
         dweight[index, :, channels] = torch.from_numpy(own_dweight)
 

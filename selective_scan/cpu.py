@@ -95,10 +95,11 @@ def backward_task(first, last, channel, length, chunk, strides, u, delta, A2, B,
             copy(dlast_state[b, s, channel:channel + width], g[s])
         for k0 in range((length - 1) // chunk * chunk, -1, -chunk):
             steps = min(chunk, length - k0)
-            h[:] = np.float32(0.0)
             if k0 > 0:
                 for s in range(n):
                     copy(checkpoints[b, k0 // chunk - 1, s, channel:channel + width], h[s])
+            else:
+                h[:] = np.float32(0.0)
             for k in range(steps):
                 t = k0 + k
                 at = b * strides[0, 0] + t * strides[0, 1] + channel
@@ -110,9 +111,9 @@ def backward_task(first, last, channel, length, chunk, strides, u, delta, A2, B,
                     x[i] = dt[i] * u_t[i]
                     y[i] = D[i] * u_t[i]
                 dout_t = dout[b, t, channel:channel + width]
-                at = b * strides[4, 0] + t * strides[4, 1] + channel
-                z_t = z[at:at + width] if z.size > 0 else dout_t
                 if z.size > 0:
+                    at = b * strides[4, 0] + t * strides[4, 1] + channel
+                    z_t = z[at:at + width]
                     for i in range(width):
                         gate[i] = sigmoid(z_t[i])
                         dy[i] = dout_t[i] * z_t[i] * gate[i]
