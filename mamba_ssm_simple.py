@@ -325,13 +325,13 @@ def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
 
 
 def drop_tokens(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Tokens (b, …, d), each zero with probability `rate`, so that none is relied on alone.
+    """Tokens (b, …, d), each zero with probability `rate`, so that none is relied on alone; others scaled up.
 
     As in arXiv 2208.07220, where they are taken out of the sequence; here its length stays.
     """
     if rate == 0 or not training:
         return x
-    return x * (torch.rand(*x.shape[:-1], 1, device=x.device) >= rate)
+    return x * F.dropout(x.new_ones(*x.shape[:-1], 1), rate)
 
 
 def permute_pixels(images: Tensor, seed: int | None) -> Tensor:
