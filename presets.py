@@ -40,10 +40,11 @@ PRESETS = {
         {"patch_size": 4, "batch_size": 256, "lr": 5e-3, "epochs": 4, "warm_up": 50, "ema": 0.98,
          "amp": "bf16"}),
     "best": Preset(
-        "the highest accuracy on MNIST: 14×14 tokens, elastic augmentation, averaged weights; narrow, since "
-        "wider models learn the training images by heart",
-        {"patch_size": 2, "d_model": 64, "num_blocks": 4, "batch_size": 128, "lr": 3e-3, "weight_decay": 0.3,
-         "epochs": 40, "augment": "elastic", "augment_strength": 0.7, "ema": 0.999}),
+        "the highest accuracy on MNIST: 14×14 tokens, many narrow blocks that each see a token's neighbours, "
+        "elastic augmentation, dropped tokens and paths, averaged weights; for a GPU",
+        {"patch_size": 2, "d_model": 80, "num_blocks": 12, "position_conv": True, "batch_size": 128,
+         "lr": 3e-3, "weight_decay": 0.3, "drop_path": 0.2, "drop_tokens": 0.25, "epochs": 70,
+         "augment": "elastic", "augment_strength": 0.7, "ema": 0.999}),
     "cifar": Preset(
         "32×32 pixels in colour: 16×16 tokens, a plain trunk three times as deep",
         {"dataset": "cifar10", "patch_size": 2, "d_model": 192, "num_blocks": 12, "batch_size": 128,
@@ -56,5 +57,5 @@ PRESETS = {
 # S4's seed for the order, so that the task is the one that its paper reports.
 PRESETS["psmnist"] = Preset("permuted sequential MNIST: smnist with the pixels in one fixed random order, "
                             "which is learnt by heart sooner: more tokens dropped",
-                            {**PRESETS["smnist"].settings, "permute_seed": 92916, "epochs": 30,
+                            {**PRESETS["smnist"].settings, "permute_seed": 92916, "epochs": 50,
                              "drop_tokens": 0.25})
