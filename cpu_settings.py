@@ -1,7 +1,8 @@
 """Settings of the C libraries under PyTorch that make training on a CPU faster. Import before torch.
 
-- OpenMP's threads spin for a while after each parallel region, on the cores that the scan's own threads
-  need. PASSIVE puts them to sleep.
+- OpenMP's threads spin after each parallel region, on the cores that the scan's own threads need. Put to
+  sleep at once they wake too late for the next region, most of all in a virtual machine, and a step has
+  hundreds. So they spin for a fraction of a millisecond and then sleep.
 - glibc gives every large tensor's memory back to Linux, which fills it with zeros for the next one. Kept,
   it is used again as it is.
 
@@ -15,7 +16,9 @@ import ctypes
 import os
 import sys
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # GNU's, which PyTorch brings along on Linux
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"         # for any other
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 

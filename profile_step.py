@@ -28,6 +28,8 @@ import data
 from training import Training
 
 WARM_UP, STEPS, PROFILED = 5, 20, 10  # steps: before anything is measured, timed, looked into
+ROUNDS = 3  # of looking into, of which the last counts: what the profiler keeps moves the tensors in memory,
+            # and the first ones ask the system for more, which takes longer than many an operator
 
 # The ranges stand for all that happens within them, the names for an operator and what it calls, unless that
 # has a name of its own.
@@ -43,12 +45,13 @@ GROUPS = (*NAMES, *RANGES, ELEMENTWISE, OTHER)
 
 def show(training: Training) -> None:
     """Train some steps, the weights being lost afterwards, and print the shares of their time."""
-    batches = itertools.islice(endless(training), WARM_UP + STEPS + PROFILED)
-    with tqdm(total=WARM_UP + STEPS + PROFILED, desc="profile", unit="step", leave=False,
+    batches = endless(training)
+    with tqdm(total=WARM_UP + STEPS + ROUNDS * PROFILED, desc="profile", unit="step", leave=False,
               disable=None) as bar:
         training.model.train()
         milliseconds = milliseconds_a_step(training, batches, bar)
-        shares = shares_of_a_step(training, batches, bar)
+        for _ in range(ROUNDS):
+            shares = shares_of_a_step(training, batches, bar)
     print("\n".join(f"{group:<28}{100 * share:>7.1f} %" for group, share in
                     sorted(shares.items(), key=lambda pair: (pair[0] == OTHER, -pair[1]))))
     clock = "of the device's time" if training.device.type == "cuda" else "of the time"

@@ -18,6 +18,7 @@ def table(tmp_path, monkeypatch, capfd):
     """table(*flags) → {group: percent} that --profile prints for a small model."""
     def call(*flags: str) -> dict[str, float]:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(profile_step, "ROUNDS", 1)  # of a model as small as this one no share is judged
         small = "--dataset digits --device cpu --d-model 32 --num-blocks 2 --d-state 4"
         monkeypatch.setattr(sys, "argv", ["train_mamba.py", "--profile", *shlex.split(small), *flags])
         precision = torch.get_float32_matmul_precision()
