@@ -40,7 +40,7 @@ def delta_maps(images: ArrayLike, maps: Sequence[ArrayLike], orders: Sequence[Ar
     """The mean Δ of each token beside the digit, one column a scan with its order drawn above it."""
     subtitle = ("mean Δ of each token: light tokens are taken into the state, dark ones are passed by;\n"
                 "above, the order in which the tokens are read. One scale for each column.")
-    return _token_maps(images, maps, orders, lengths, names, "Where the scan writes", subtitle, "{:.2g}")
+    return _token_maps(images, maps, orders, lengths, names, "Where the scan writes", subtitle, "{:.3g}")
 
 
 def memory_maps(images: ArrayLike, maps: Sequence[ArrayLike], orders: Sequence[ArrayLike],
