@@ -319,9 +319,7 @@ def positions(height: int, width: int, d_model: int, device: torch.device) -> Te
 
 def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
     """A residual branch (b, …), zero for a fraction `rate` of the images, scaled up for the others."""
-    if rate == 0 or not training:
-        return branch
-    return branch * F.dropout(branch.new_ones(len(branch), *[1] * (branch.dim() - 1)), rate)
+    return _drop(branch, 1, rate, training)
 
 
 def drop_tokens(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -329,9 +327,14 @@ def drop_tokens(x: Tensor, rate: float, training: bool) -> Tensor:
 
     As in arXiv 2208.07220, where they are taken out of the sequence; here its length stays.
     """
+    return _drop(x, x.dim() - 1, rate, training)
+
+
+def _drop(x: Tensor, dims: int, rate: float, training: bool) -> Tensor:
+    """In training, all that lies at an index of x's first `dims` dimensions zero, or scaled up, together."""
     if rate == 0 or not training:
         return x
-    return x * F.dropout(x.new_ones(*x.shape[:-1], 1), rate)
+    return x * F.dropout(x.new_ones(*x.shape[:dims], *[1] * (x.dim() - dims)), rate)
 
 
 def permute_pixels(images: Tensor, seed: int | None) -> Tensor:

@@ -173,7 +173,7 @@ def shortest_flags(saved: dict) -> list[str]:
         settings = parse_arguments(["--preset", preset])
         fill_in(settings)
         typed = {name: value for name, value in kept.items()
-                 if name not in MAY_CHANGE_ON_RESUME | {"run_name", "preset", "resume"}
+                 if name not in MAY_CHANGE_ON_RESUME | {"run_name", "preset"}
                  and value != getattr(settings, name)}
         lines.append(["--preset", preset, *(word.replace("=", " ", 1) for word in as_flags(typed))])
     return min(lines, key=len)

@@ -61,7 +61,7 @@ def test_the_shipped_model_is_named_with_the_command_that_made_it():
     settings = parse_arguments(made_by.split())
     fill_in(settings)
     differing = [name for name, value in vars(parse_arguments([], contents["settings"])).items()
-                 if name not in MAY_CHANGE_ON_RESUME | {"run_name", "preset", "resume"}
+                 if name not in MAY_CHANGE_ON_RESUME | {"run_name", "preset"}
                  and getattr(settings, name) != value]
     assert differing == []
     assert f"| {100 * contents['metrics']['test_accuracy']:.2f} % |" in tables.shipped()
