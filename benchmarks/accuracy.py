@@ -10,15 +10,18 @@ numbers are those of the last epoch, never of the best.
 
 results/accuracy-<preset>.json, validation-<preset>.json or <name>.json holds every seed as soon as it is
 there, with the settings. A seed that is trained already is not trained again, and one that was cut short goes
-on. One whose loss became no number is recorded as such, and counts in nan_runs alone.
+on; with --merge the seeds in the file count as trained, too, whose runs are gone. One whose loss became no
+number is recorded as such, and counts in nan_runs alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository
@@ -45,19 +48,23 @@ def main() -> None:
     if arguments.validation and trials[0].settings.train_on_all:
         raise UserError("--validation holds out the images that --train-on-all trains on; leave one out")
     device = evaluate.pick_device(trials[0].settings.device)
+    output, machine = ROOT / "results" / f"{arguments.name}.json", timing.machine(device)
+    kept = kept_runs(output, trials[0], machine) if arguments.merge else []
+    trials = [trial for trial in trials if trial.settings.seed not in {run["seed"] for run in kept}]
+    if not trials:
+        raise UserError(f"{output} has all of these seeds; leave out --merge to train them again")
     check(trials)
-    output = ROOT / "results" / f"{arguments.name}.json"
     done: dict[Trial, Outcome] = {}
     with contextlib.closing(train(trials, len(trials), arguments.jobs)) as outcomes:
         for trial, outcome in outcomes:
             if outcome.failed and not outcome.nan:
                 raise UserError(f"{trial.name} did not finish: {outcome.failed}")
             done[trial] = outcome
-            result = summary(arguments, done) | {"machine": timing.machine(device)}
+            result = summary(arguments, done, kept) | {"machine": machine}
             save_json(output, result)
             tqdm.write(f"{trial.name}: {outcome.failed or accuracy(summary(arguments, {trial: outcome}))}")
     nan = f", {result['nan_runs']} of them ended in NaN" if result["nan_runs"] else ""
-    print(f"{arguments.name}: {accuracy(result)} (seeds: {len(done)}{nan}), "
+    print(f"{arguments.name}: {accuracy(result)} (seeds: {len(result['runs'])}{nan}), "
           f"{result['training_seconds']:.0f} s of training\nwritten to {output}")
 
 
@@ -75,6 +82,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
                         help="train so many seeds side by side: on all GPUs that there are, or where one "
                              "does not fill its GPU; seconds are then no measure of speed")
+    parser.add_argument("--merge", action="store_true",
+                        help="keep the seeds that the file under results/ has, of the same settings and "
+                             "machine, and train the others")
     parser.add_argument("--runs-dir", type=absolute, default=Path("runs"), metavar="DIR",
                         help="the runs' folders")
     parser.add_argument("--checkpoints-dir", type=absolute, default=Path("checkpoints"), metavar="DIR",
@@ -105,23 +115,45 @@ def absolute(text: str) -> Path:
     return Path(text).absolute()
 
 
-def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome]) -> dict:
-    """What is known of the seeds that are `done`, but for the machine."""
+def kept_runs(file: Path, trial: Trial, machine: dict) -> list[dict]:
+    """The file's runs, for --merge. Raises UserError where they are of other settings, or no runs at all."""
+    try:
+        older = json.loads(file.read_text(encoding="utf-8"))
+        settings, runs, facts = older["settings"], older["runs"], older["machine"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--merge finds no seeds in {file}; leave it out") from error
+    timing.check_same_machine(facts, machine)
+    for name, value in json.loads(json.dumps(told(vars(trial.settings)))).items():
+        if settings.get(name, value) != value:  # a flag may be newer than the file
+            raise UserError(f"the seeds in {file} were trained with --{name.replace('_', '-')} "
+                            f"{settings[name]} and not {value}; leave out --merge")
+    return runs
+
+
+def told(settings: dict) -> dict:
+    """What the file tells of a run's settings: what its seeds have in common, wherever they were trained."""
+    return {name: value for name, value in settings.items()
+            if name not in MAY_CHANGE_ON_RESUME | {"seed", "run_name"}}
+
+
+def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome],
+            kept: Sequence[dict] = ()) -> dict:
+    """What is known of the seeds that are `done`, and of the `kept` runs, but for the machine."""
     measured, hidden = "test_accuracy", None
     if arguments.validation:  # who does not see the test accuracy cannot choose by it
         measured, hidden = "val_accuracy", "test_accuracy"
-    runs = []
-    for trial, outcome in sorted(done.items(), key=lambda item: item[0].settings.seed):
+    runs = [*kept]
+    for trial, outcome in done.items():
         metrics = outcome.epochs[-1] if outcome.epochs else {}
         runs.append({"seed": trial.settings.seed, "nan": outcome.nan,
                      **{name: value for name, value in metrics.items() if name != hidden},
                      "training_seconds": outcome.seconds,
                      "all_evaluation_seconds": outcome.evaluation_seconds})
+    runs.sort(key=lambda run: run["seed"])
     accuracies = [run[measured] for run in runs if not run["nan"]]
     contents = checkpoint.load_good(trial.last)
     return {"name": arguments.name, "arguments": arguments.train,
-            "settings": {name: value for name, value in contents["settings"].items()
-                         if name not in MAY_CHANGE_ON_RESUME | {"seed", "run_name"}},
+            "settings": told(contents["settings"]),
             "parameters": sum(weight.numel() for weight in evaluate.rebuild(contents, "cpu").parameters()),
             "epochs": trial.settings.epochs, "seeds": arguments.seeds, "jobs": arguments.jobs, "runs": runs,
             "nan_runs": len(runs) - len(accuracies),
@@ -129,7 +161,7 @@ def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome]) -> dict:
                        "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None},
             "seconds_an_epoch": statistics.median([epoch["seconds"] for outcome in done.values()
                                                    for epoch in outcome.epochs] or [0]),
-            "training_seconds": sum(outcome.seconds for outcome in done.values())}
+            "training_seconds": sum(run["training_seconds"] for run in runs)}
 
 
 def accuracy(result: dict) -> str:

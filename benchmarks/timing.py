@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from errors import UserError
+
 SAMPLE_SECONDS = 0.02   # a sample of a faster function is the mean of as many calls as take this long
 MOST_CALLS = 1000
 
@@ -108,6 +110,13 @@ def machine(device: torch.device) -> dict:
         facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda,
                   "triton": version("triton")}
     return facts
+
+
+def check_same_machine(older: dict, now: dict) -> None:
+    """Raise UserError where what a file tells of its `machine` is not this one: its figures would not mix."""
+    for key in ("cpu", "gpu", "torch"):
+        if older.get(key) != now.get(key):
+            raise UserError(f"the older file was measured with another {key}; leave out --merge")
 
 
 def machine_line(device: torch.device) -> str:

@@ -108,6 +108,34 @@ def test_what_is_there_is_kept_where_a_later_seed_fails(call, trained, tmp_path)
     assert result["file"] == "a.json" and [run["seed"] for run in result["runs"]] == [0]
 
 
+def test_merge_keeps_the_seeds_in_the_file_and_trains_the_others(call, trained, tmp_path, monkeypatch):
+    trained(Outcome(epochs(0.97)), NAN)
+    assert call("--name a --seeds 2 -- --epochs 2")[0] == 0
+    file = tmp_path / "results" / "a.json"
+    first, broken = written(tmp_path)["runs"]
+    found = trained(Outcome(epochs(0.99)))
+    status, out, _ = call("--name a --seeds 3 --merge -- --epochs 2")
+    assert status == 0 and [trial.name for trial, _ in found] == ["a-seed2"]
+    result = written(tmp_path)
+    assert result["runs"][:2] == [first, broken] and [run["seed"] for run in result["runs"]] == [0, 1, 2]
+    assert result["test_accuracy"]["mean"] == pytest.approx(0.98) and result["training_seconds"] == 8
+    assert "98.00 ± 1.41 % (seeds: 3, 1 of them ended in NaN), 8 s" in out
+
+    before = file.read_text()
+    for arguments, complaint in (
+            ("--name a --seeds 3 --merge -- --epochs 2", "has all of these seeds; leave out --merge"),
+            ("--name a --seeds 4 --merge -- --epochs 2 --lr 5", "trained with --lr 0.001 and not 5.0; leave"),
+            ("--name b --seeds 4 --merge -- --epochs 2", "--merge finds no seeds in")):
+        status, _, err = call(arguments)
+        assert status == 2 and complaint in err and len(err.splitlines()) == 1
+    monkeypatch.setattr(accuracy.timing, "cpu_name", lambda: "an older one")
+    status, _, err = call("--name a --seeds 4 --merge -- --epochs 2")
+    assert status == 2 and "measured with another cpu; leave out --merge" in err
+    file.write_text("[")
+    assert "finds no seeds in" in call("--name a --seeds 4 --merge")[2]
+    file.write_text(before)
+
+
 def test_without_a_seed_that_ends_there_is_no_mean(call, trained, tmp_path):
     trained(NAN)
     status, out, _ = call("--preset tiny --seeds 1")
