@@ -134,9 +134,7 @@ def older_rows(older: dict, result: dict) -> list[dict]:
     for key in ("d_model", "num_blocks", "patch_size"):
         if older[key] != result[key]:
             raise UserError(f"the older file has {key} {older[key]}; leave out --merge")
-    for key in ("cpu", "gpu", "torch"):
-        if older["machine"].get(key) != result["machine"].get(key):
-            raise UserError(f"the older file was measured with another {key}; leave out --merge")
+    timing.check_same_machine(older["machine"], result["machine"])
     return older["rows"]
 
 
@@ -151,12 +149,12 @@ def same(older: dict, row: Row) -> bool:
 def builders(d_model: int, num_blocks: int, patch_size: int) -> dict[str, Callable[[], nn.Module]]:
     """How to make each network."""
     config = {"num_classes": CLASSES, "d_model": d_model, "num_blocks": num_blocks, "in_channels": 3,
-              "patch_size": patch_size}
+              "patch_size": patch_size, "d_state": PRESETS["imagenet"].settings["d_state"]}
     matched = matched_config("transformer", config)
     ours = count_on_meta(lambda: VisionMamba2(**config))
 
     def usual(blocks: int) -> VisionTransformer:
-        return VisionTransformer(**config | {"num_blocks": blocks}, mlp_width=4 * d_model)
+        return VisionTransformer(**matched | {"num_blocks": blocks, "mlp_width": 4 * d_model})
 
     blocks = min(range(1, num_blocks + 1),
                  key=lambda blocks: abs(count_on_meta(lambda: usual(blocks)) - ours))
