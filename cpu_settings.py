@@ -26,4 +26,4 @@ if sys.platform == "linux":
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         glibc = ctypes.CDLL(None)
         glibc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        glibc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        glibc.mallopt(M_TRIM_THRESHOLD, -1)  # never: to give gigabytes back takes longer than many a step

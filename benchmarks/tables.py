@@ -49,6 +49,7 @@ VIETNAMESE = {  # the words of README.vi.md's tables; the longer before those th
     "(batch, length, channels, states)": "(batch, độ dài, kênh, trạng thái)",
     "with `cpu_settings`": "với `cpu_settings`", "| without |": "| không có |",
     "forward + backward": "tiến + lùi", "| forward |": "| tiến |", "training step": "bước huấn luyện",
+    ", if a scan took no time": ", nếu phép quét không tốn thời gian",
     "| command |": "| lệnh |", "| task |": "| phép tính |", "| settings |": "| thiết lập |",
     "| floor |": "| sàn |", "| measured |": "| đo được |", "| aim |": "| mục tiêu |", "| on |": "| trên |",
     "rows": "hàng", "7×7 tokens": "7×7 token", "14×14 tokens": "14×14 token", "cores": "lõi",
@@ -187,9 +188,10 @@ def scan_on_cpu() -> str:
              "|---|---|---|---|---|"]
     for settings, found in files.items():
         for row in found["rows"]:
-            if row["implementation"] == "numba":
+            if row["implementation"] in ("numba", "no scan"):
+                what = ", if a scan took no time" if row["implementation"] == "no scan" else ""
                 aim = "" if row["target"] is None else f"{row['target']:.0f}×"
-                lines.append(f"| {row['task']} | ({row['shape'].replace(',', ', ')}) | {settings} | "
+                lines.append(f"| {row['task']}{what} | ({row['shape'].replace(',', ', ')}) | {settings} | "
                              f"{row['ratio']:.1f}× | {aim} |")
     return "\n".join(lines)
 
