@@ -10,6 +10,7 @@ How far a run is, its own files alone say, so the same command goes on after a s
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -101,8 +102,6 @@ class Trial:
 
 def check(trials: Iterable[Trial]) -> None:
     """Raise UserError where a name cannot be a run's, or is that of a run with other settings."""
-    defaults = parse_arguments([])
-    fill_in(defaults)
     for trial in trials:
         if not checkpoint.is_run_name(trial.name):
             raise UserError(f"{trial.name!r} cannot name a run; choose a shorter --name, of letters, digits, "
@@ -110,15 +109,23 @@ def check(trials: Iterable[Trial]) -> None:
         if not trial.begun:
             continue
         contents = checkpoint.load_good(trial.last)
-        saved = contents["settings"]
-        for name, value in vars(trial.settings).items():
-            there = saved.get(name, getattr(defaults, name))  # a flag may be newer than the run
-            if name not in MAY_CHANGE_ON_RESUME | {"run_name"} and there != value:
-                raise UserError(f"{trial.last} is there, of a run with --{name.replace('_', '-')} "
-                                f"{there} and not {value}; choose another --name, or delete that run")
+        if found := difference(contents["settings"], trial.settings):
+            raise UserError(f"{trial.last} is there, of a run with {found}; choose another --name, or delete "
+                            "that run")
         if contents["epoch"] > len(trial.epochs()):
             raise UserError(f"{trial.last} is there, but not all of its epochs are in {trial.folder}; give "
                             "the --runs-dir that it was trained with, or delete that run")
+
+
+def difference(saved: dict, settings: argparse.Namespace) -> str | None:
+    """The first flag in which these settings are not those `saved`, or None: "--lr 0.01 and not 0.02"."""
+    defaults = parse_arguments([])
+    fill_in(defaults)
+    for name, value in vars(settings).items():
+        there = saved.get(name, getattr(defaults, name))  # a flag may be newer than what is saved
+        if name not in MAY_CHANGE_ON_RESUME | {"run_name"} and there != value:
+            return f"--{name.replace('_', '-')} {there} and not {value}"
+    return None
 
 
 def train(trials: Iterable[Trial], total: int, jobs: int) -> Iterator[tuple[Trial, Outcome]]:

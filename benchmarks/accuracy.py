@@ -34,7 +34,7 @@ from benchmarks import timing
 from errors import ArgumentParser, UserError, run_script
 from flags import MAY_CHANGE_ON_RESUME, explicit
 from presets import PRESETS
-from trials import Outcome, Trial, check, save_json, train
+from trials import Outcome, Trial, check, difference, save_json, train
 
 ROOT = Path(__file__).resolve().parent.parent
 SET_HERE = {"seed", "run_name", "runs_dir", "checkpoints_dir", "resume", "profile"}
@@ -123,21 +123,13 @@ def kept_runs(file: Path, trial: Trial, machine: dict) -> list[dict]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--merge finds no seeds in {file}; leave it out") from error
     timing.check_same_machine(facts, machine)
-    for name, value in json.loads(json.dumps(told(vars(trial.settings)))).items():
-        if settings.get(name, value) != value:  # a flag may be newer than the file
-            raise UserError(f"the seeds in {file} were trained with --{name.replace('_', '-')} "
-                            f"{settings[name]} and not {value}; leave out --merge")
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    if found := difference(settings | {"seed": trial.settings.seed}, trial.settings):
+        raise UserError(f"the seeds in {file} were trained with {found}; leave out --merge")
     return runs
 
 
-def told(settings: dict) -> dict:
-    """What the file tells of a run's settings: what its seeds have in common, wherever they were trained."""
-    return {name: value for name, value in settings.items()
-            if name not in MAY_CHANGE_ON_RESUME | {"seed", "run_name"}}
-
-
-def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome],
-            kept: Sequence[dict] = ()) -> dict:
+def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], kept: Sequence[dict] = ()) -> dict:
     """What is known of the seeds that are `done`, and of the `kept` runs, but for the machine."""
     measured, hidden = "test_accuracy", None
     if arguments.validation:  # who does not see the test accuracy cannot choose by it
@@ -153,7 +145,8 @@ def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome],
     accuracies = [run[measured] for run in runs if not run["nan"]]
     contents = checkpoint.load_good(trial.last)
     return {"name": arguments.name, "arguments": arguments.train,
-            "settings": told(contents["settings"]),
+            "settings": {name: value for name, value in contents["settings"].items()
+                         if name not in MAY_CHANGE_ON_RESUME | {"seed", "run_name"}},
             "parameters": sum(weight.numel() for weight in evaluate.rebuild(contents, "cpu").parameters()),
             "epochs": trial.settings.epochs, "seeds": arguments.seeds, "jobs": arguments.jobs, "runs": runs,
             "nan_runs": len(runs) - len(accuracies),

@@ -128,6 +128,12 @@ def test_merge_keeps_the_seeds_in_the_file_and_trains_the_others(call, trained, 
             ("--name b --seeds 4 --merge -- --epochs 2", "--merge finds no seeds in")):
         status, _, err = call(arguments)
         assert status == 2 and complaint in err and len(err.splitlines()) == 1
+    older = json.loads(before)
+    del older["settings"]["drop_path"]
+    file.write_text(json.dumps(older))
+    assert "with --drop-path 0.0 and not 0.1;" in call("--name a --seeds 4 --merge -- --epochs 2 "
+                                                       "--drop-path 0.1")[2]
+    file.write_text(before)
     monkeypatch.setattr(accuracy.timing, "cpu_name", lambda: "an older one")
     status, _, err = call("--name a --seeds 4 --merge -- --epochs 2")
     assert status == 2 and "measured with another cpu; leave out --merge" in err
