@@ -189,7 +189,8 @@ def build_model(settings: argparse.Namespace, num_classes: int, in_channels: int
     config = {"num_classes": num_classes, "d_model": settings.d_model,
               "num_blocks": settings.num_blocks, "in_channels": in_channels,
               "patch_size": settings.patch_size, "scan": settings.scan,
-              "d_state": settings.d_state, "bidirectional": settings.bidirectional,
+              "d_state": settings.d_state, "d_conv": settings.d_conv,
+              "bidirectional": settings.bidirectional,
               "permute_seed": settings.permute_seed, "drop_path": settings.drop_path,
               "stem_depth": settings.stem_depth, "position_embedding": settings.position_embedding,
               "drop_tokens": settings.drop_tokens, "position_conv": settings.position_conv}

@@ -10,8 +10,8 @@ numbers are those of the last epoch, never of the best.
 
 results/accuracy-<preset>.json, validation-<preset>.json or <name>.json holds every seed as soon as it is
 there, with the settings. A seed that is trained already is not trained again, and one that was cut short goes
-on; with --merge the seeds in the file count as trained, too, whose runs are gone. One whose loss became no
-number is recorded as such, and counts in nan_runs alone.
+on; with --merge the seeds in the file count as trained, too, whose runs are gone. Each tells the machine that
+it was trained on. One whose loss became no number is recorded as such, and counts in nan_runs alone.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules of the repository
 
+import torch
 from tqdm import tqdm
 
 import checkpoint
@@ -49,7 +50,7 @@ def main() -> None:
         raise UserError("--validation holds out the images that --train-on-all trains on; leave one out")
     device = evaluate.pick_device(trials[0].settings.device)
     output, machine = ROOT / "results" / f"{arguments.name}.json", timing.machine(device)
-    kept = kept_runs(output, trials[0], machine) if arguments.merge else []
+    kept = kept_runs(output, trials[0], device) if arguments.merge else []
     trials = [trial for trial in trials if trial.settings.seed not in {run["seed"] for run in kept}]
     if not trials:
         raise UserError(f"{output} has all of these seeds; leave out --merge to train them again")
@@ -60,9 +61,10 @@ def main() -> None:
             if outcome.failed and not outcome.nan:
                 raise UserError(f"{trial.name} did not finish: {outcome.failed}")
             done[trial] = outcome
-            result = summary(arguments, done, kept) | {"machine": machine}
+            result = summary(arguments, done, machine, kept)
             save_json(output, result)
-            tqdm.write(f"{trial.name}: {outcome.failed or accuracy(summary(arguments, {trial: outcome}))}")
+            alone = summary(arguments, {trial: outcome}, machine)
+            tqdm.write(f"{trial.name}: {outcome.failed or accuracy(alone)}")
     nan = f", {result['nan_runs']} of them ended in NaN" if result["nan_runs"] else ""
     print(f"{arguments.name}: {accuracy(result)} (seeds: {len(result['runs'])}{nan}), "
           f"{result['training_seconds']:.0f} s of training\nwritten to {output}")
@@ -84,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
                              "does not fill its GPU; seconds are then no measure of speed")
     parser.add_argument("--merge", action="store_true",
                         help="keep the seeds that the file under results/ has, of the same settings and "
-                             "machine, and train the others")
+                             "kind of device, and train the others")
     parser.add_argument("--runs-dir", type=absolute, default=Path("runs"), metavar="DIR",
                         help="the runs' folders")
     parser.add_argument("--checkpoints-dir", type=absolute, default=Path("checkpoints"), metavar="DIR",
@@ -115,22 +117,28 @@ def absolute(text: str) -> Path:
     return Path(text).absolute()
 
 
-def kept_runs(file: Path, trial: Trial, machine: dict) -> list[dict]:
-    """The file's runs, for --merge. Raises UserError where they are of other settings, or no runs at all."""
+def kept_runs(file: Path, trial: Trial, device: torch.device) -> list[dict]:
+    """The file's runs, for --merge, each with its machine.
+
+    Raises UserError where they are of other settings or another kind of device, or no runs at all.
+    """
     try:
         older = json.loads(file.read_text(encoding="utf-8"))
-        settings, runs, facts = older["settings"], older["runs"], older["machine"]
+        settings, runs, machine = older["settings"], older["runs"], older["machine"]
+        kind = machine["device"].split(":")[0]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--merge finds no seeds in {file}; leave it out") from error
-    timing.check_same_machine(facts, machine)
+    if kind != device.type:  # which decides on the precision, for one
+        raise UserError(f"the seeds in {file} were trained on {kind} and not {device.type}; leave out --merge")
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     if found := difference(settings | {"seed": trial.settings.seed}, trial.settings):
         raise UserError(f"the seeds in {file} were trained with {found}; leave out --merge")
-    return runs
+    return [{"machine": machine, **run} for run in runs]
 
 
-def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], kept: Sequence[dict] = ()) -> dict:
-    """What is known of the seeds that are `done`, and of the `kept` runs, but for the machine."""
+def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], machine: dict,
+            kept: Sequence[dict] = ()) -> dict:
+    """What is known of the seeds that are `done`, on this machine, and of the `kept` runs."""
     measured, hidden = "test_accuracy", None
     if arguments.validation:  # who does not see the test accuracy cannot choose by it
         measured, hidden = "val_accuracy", "test_accuracy"
@@ -140,7 +148,7 @@ def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], kept: Seq
         runs.append({"seed": trial.settings.seed, "nan": outcome.nan,
                      **{name: value for name, value in metrics.items() if name != hidden},
                      "training_seconds": outcome.seconds,
-                     "all_evaluation_seconds": outcome.evaluation_seconds})
+                     "all_evaluation_seconds": outcome.evaluation_seconds, "machine": machine})
     runs.sort(key=lambda run: run["seed"])
     accuracies = [run[measured] for run in runs if not run["nan"]]
     contents = checkpoint.load_good(trial.last)
@@ -154,7 +162,7 @@ def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], kept: Seq
                        "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None},
             "seconds_an_epoch": statistics.median([epoch["seconds"] for outcome in done.values()
                                                    for epoch in outcome.epochs] or [0]),
-            "training_seconds": sum(run["training_seconds"] for run in runs)}
+            "training_seconds": sum(run["training_seconds"] for run in runs), "machine": machine}
 
 
 def accuracy(result: dict) -> str:

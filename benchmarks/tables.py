@@ -99,13 +99,19 @@ def machine(facts: dict) -> str:
     return f"{chip}; PyTorch {facts['torch']}"
 
 
+def machines(found: dict) -> str:
+    """Those that the seeds of a file of accuracy.py were trained on; one of them for most."""
+    facts = [run.get("machine", found["machine"]) for run in found["runs"]] or [found["machine"]]
+    return " / ".join(dict.fromkeys(map(machine, facts)))
+
+
 def training(*names: str) -> str:
     lines = ["| command | test accuracy | an epoch takes | on |", "|---|---|---|---|"]
     for name in names:
         found = result(name)
         command = " ".join(["python train_mamba.py", *found["arguments"]])
         lines.append(f"| `{command}` | {in_percent(found)} | {found['seconds_an_epoch']:.3g} s | "
-                     f"{machine(found['machine'])} |")
+                     f"{machines(found)} |")
     return "\n".join(lines)
 
 
@@ -130,7 +136,7 @@ def accuracies() -> str:
         seconds = f"{statistics.mean(ended):,.0f} s" if ended else "–"
         seconds += f", {found['jobs']} at once" if found["jobs"] > 1 else ""
         lines.append(f"| `{' '.join(found['arguments'])}` | {what} | {found['parameters']:,} | "
-                     f"{in_percent(found)} | {seconds} | {machine(found['machine'])} |")
+                     f"{in_percent(found)} | {seconds} | {machines(found)} |")
     if not lines:
         return "None is measured yet."
     return "\n".join(["| flags | what it is | parameters | test accuracy | a seed trains for | on |",

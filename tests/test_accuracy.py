@@ -108,11 +108,12 @@ def test_what_is_there_is_kept_where_a_later_seed_fails(call, trained, tmp_path)
     assert result["file"] == "a.json" and [run["seed"] for run in result["runs"]] == [0]
 
 
-def test_merge_keeps_the_seeds_in_the_file_and_trains_the_others(call, trained, tmp_path, monkeypatch):
+def test_merge_keeps_the_seeds_in_the_file_and_trains_the_others(call, trained, tmp_path):
     trained(Outcome(epochs(0.97)), NAN)
     assert call("--name a --seeds 2 -- --epochs 2")[0] == 0
     file = tmp_path / "results" / "a.json"
     first, broken = written(tmp_path)["runs"]
+    assert first["machine"] == broken["machine"] == written(tmp_path)["machine"]
     found = trained(Outcome(epochs(0.99)))
     status, out, _ = call("--name a --seeds 3 --merge -- --epochs 2")
     assert status == 0 and [trial.name for trial, _ in found] == ["a-seed2"]
@@ -134,12 +135,27 @@ def test_merge_keeps_the_seeds_in_the_file_and_trains_the_others(call, trained, 
     assert "with --drop-path 0.0 and not 0.1;" in call("--name a --seeds 4 --merge -- --epochs 2 "
                                                        "--drop-path 0.1")[2]
     file.write_text(before)
-    monkeypatch.setattr(accuracy.timing, "cpu_name", lambda: "an older one")
+    older = json.loads(before)
+    older["machine"]["device"] = "cuda:0"
+    file.write_text(json.dumps(older))
     status, _, err = call("--name a --seeds 4 --merge -- --epochs 2")
-    assert status == 2 and "measured with another cpu; leave out --merge" in err
+    assert status == 2 and "were trained on cuda and not cpu; leave out --merge" in err
     file.write_text("[")
     assert "finds no seeds in" in call("--name a --seeds 4 --merge")[2]
-    file.write_text(before)
+
+
+def test_a_merged_file_tells_where_each_seed_was_trained(call, trained, tmp_path, monkeypatch):
+    trained(Outcome(epochs(0.97)))
+    call("--name a --seeds 1")
+    file = tmp_path / "results" / "a.json"
+    older = json.loads(file.read_text())
+    del older["runs"][0]["machine"]  # as files were written once
+    file.write_text(json.dumps(older))
+    monkeypatch.setattr(accuracy.timing, "cpu_name", lambda: "a newer one")
+    trained(Outcome(epochs(0.99)))
+    assert call("--name a --seeds 2 --merge")[0] == 0
+    runs = written(tmp_path)["runs"]
+    assert [run["machine"]["cpu"] for run in runs] == [older["machine"]["cpu"], "a newer one"]
 
 
 def test_without_a_seed_that_ends_there_is_no_mean(call, trained, tmp_path):
@@ -164,7 +180,9 @@ def test_the_whole_command(call, tmp_path, monkeypatch, tmp_path_factory):
     assert result["settings"]["lr"] == 0.01 and result["parameters"] > 1000
     assert {path.name for path in tmp_path.iterdir()} == {"results", "runs", "checkpoints"}
     again = call(f"--name small --seeds 2 -- {SMALL} --lr 1e-2")  # nothing is trained
-    assert again[0] == 0 and written(tmp_path)["runs"] == result["runs"]
+    assert again[0] == 0
+    for new, old in zip(written(tmp_path)["runs"], result["runs"], strict=True):
+        assert new | {"machine": None} == old | {"machine": None}  # which may be busier by now
     status, _, err = call(f"--name small --seeds 2 -- {SMALL} --lr 2e-2")
     assert status == 2 and "of a run with --lr 0.01 and not 0.02" in err
     assert written(tmp_path)["arguments"][-1] == "1e-2"

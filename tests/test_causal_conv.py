@@ -27,8 +27,8 @@ def test_the_plain_one_is_conv1d_cut_to_the_past(taps, with_bias, length, seed):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (3, 37, 300, 4), (2, 7, 20, 3), (1, 2, 5, 1), (40, 9, 8, 4)],
-                         ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (3, 37, 300, 4), (2, 7, 20, 3), (1, 2, 5, 1), (40, 9, 8, 4),
+                                   (2, 3, 5, 9), (2, 70, 20, 32)], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_output_and_every_gradient(shape, dtype, with_bias, seed):
     b, l, e, taps = shape

@@ -173,8 +173,8 @@ def test_slices_of_a_projection_are_read_where_they_lie(seed, device):
 
 @runs_here
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (2, 19, 20, 4), (1, 5, 200, 4), (2, 7, 20, 3), (1, 2, 5, 1)],
-                         ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 3, 4), (2, 19, 20, 4), (1, 5, 200, 4), (2, 7, 20, 3), (1, 2, 5, 1),
+                                   (1, 3, 5, 9), (1, 35, 20, 19)], ids=str)
 def test_causal_conv(shape, dtype, seed, device):
     b, l, e, taps = shape
     x = torch.randn(b, l, 2 * e, device=device).to(dtype)[..., e:]

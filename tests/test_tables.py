@@ -38,12 +38,12 @@ def test_presets_that_were_measured_have_a_row_in_a_fixed_order(tmp_path, monkey
     for preset, changes in {
             "default": {"runs": runs[:1], "test_accuracy": {"mean": 0.99, "std": None}},
             "gpu": {"nan_runs": 1, "jobs": 5, "runs": [*runs, {"nan": True, "training_seconds": 9}]},
-            "tiny": {}, "smnist": {"runs": [], "nan_runs": 2, "test_accuracy": {"mean": None, "std": None}},
+            "tiny": {"runs": [runs[0] | {"machine": {"gpu": "older GPU", "torch": "1"}}, runs[1]]}, "smnist": {"runs": [], "nan_runs": 2, "test_accuracy": {"mean": None, "std": None}},
             "other": {}}.items():
         (tmp_path / "results" / f"accuracy-{preset}.json").write_text(json.dumps(about | changes))
     assert tables.accuracies().splitlines()[2:] == [
         "| `--preset tiny --train-on-all` | MNIST, at most 0.1 million parameters | 12,345 | 99.12 ± 0.05 % "
-        "(2 seeds) | 1,150 s | GPU; PyTorch 2 |",
+        "(2 seeds) | 1,150 s | older GPU; PyTorch 1 / GPU; PyTorch 2 |",
         "| `--preset tiny --train-on-all` | MNIST, pixel by pixel | 12,345 | – (0 seeds, 2 more ended in "
         "NaN) | – | GPU; PyTorch 2 |",
         "| `--preset tiny --train-on-all` | MNIST, on a GPU | 12,345 | 99.12 ± 0.05 % (2 seeds, 1 more ended "
