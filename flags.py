@@ -88,7 +88,8 @@ def argument_parser() -> ArgumentParser:
     add("--num-blocks", type=positive_int, metavar="N", default=4, help="blocks, or layers of the LSTM")
     add("--d-state", type=positive_int, metavar="N", default=8, help="states a channel of mamba")
     add("--d-conv", type=positive_int, metavar="N", default=4,
-        help="taps of the convolution along the sequence before each scan: this token and the N - 1 before it")
+        help="taps of the convolution along the sequence before each scan of mamba: this token and the "
+        "N - 1 before it")
     add("--patch-size", type=power_of_two, metavar="PIXELS", default=None,
         help="side of a token, a power of two; MNIST: 4 gives 7×7 tokens, 2 gives 14×14 (None: the dataset's "
         "own, 4 for mnist, 2 for digits)")

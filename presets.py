@@ -38,8 +38,8 @@ PRESETS = {
         {**PIXELS, "d_model": 88, "num_blocks": 8, "d_conv": 32, "drop_path": 0.2, "drop_tokens": 0.2,
          "epochs": 30}),
     "psmnist": Preset(
-        "permuted sequential MNIST: the same pixels in one fixed random order, where those before a pixel are "
-        "no neighbours of it; learnt by heart sooner: wider, not deeper, and more tokens dropped",
+        "permuted sequential MNIST: the same pixels in one fixed random order, where those before a pixel "
+        "are no neighbours of it; learnt by heart sooner, so more tokens are dropped; depth does not help",
         # S4's seed for the order, so that the task is the one that its paper reports.
         {**PIXELS, "permute_seed": 92916, "d_model": 128, "num_blocks": 4, "drop_path": 0.1,
          "drop_tokens": 0.25, "epochs": 50}),

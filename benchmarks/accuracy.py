@@ -129,7 +129,8 @@ def kept_runs(file: Path, trial: Trial, device: torch.device) -> list[dict]:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--merge finds no seeds in {file}; leave it out") from error
     if kind != device.type:  # which decides on the precision, for one
-        raise UserError(f"the seeds in {file} were trained on {kind} and not {device.type}; leave out --merge")
+        raise UserError(f"the seeds in {file} were trained on {kind} and not {device.type}; leave out "
+                        "--merge")
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     if found := difference(settings | {"seed": trial.settings.seed}, trial.settings):
         raise UserError(f"the seeds in {file} were trained with {found}; leave out --merge")

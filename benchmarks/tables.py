@@ -109,7 +109,7 @@ def training(*names: str) -> str:
     lines = ["| command | test accuracy | an epoch takes | on |", "|---|---|---|---|"]
     for name in names:
         found = result(name)
-        command = " ".join(["python train_mamba.py", *found["arguments"]])
+        command = " ".join(["python train_mamba.py", *flags_today(found["settings"], found["arguments"])])
         lines.append(f"| `{command}` | {in_percent(found)} | {found['seconds_an_epoch']:.3g} s | "
                      f"{machines(found)} |")
     return "\n".join(lines)
@@ -135,7 +135,8 @@ def accuracies() -> str:
         ended = [run["training_seconds"] for run in found["runs"] if not run["nan"]]
         seconds = f"{statistics.mean(ended):,.0f} s" if ended else "–"
         seconds += f", {found['jobs']} at once" if found["jobs"] > 1 else ""
-        lines.append(f"| `{' '.join(found['arguments'])}` | {what} | {found['parameters']:,} | "
+        flags = " ".join(flags_today(found["settings"], found["arguments"]))
+        lines.append(f"| `{flags}` | {what} | {found['parameters']:,} | "
                      f"{in_percent(found)} | {seconds} | {machines(found)} |")
     if not lines:
         return "None is measured yet."
@@ -173,17 +174,19 @@ def shipped() -> str:
 
 
 def shortest_flags(saved: dict) -> list[str]:
-    """What to type today for a run's settings: presets change, and the nearest may have another name."""
+    """What to type today for a run's settings; the nearest preset may have another name by now."""
+    return min((flags_today(saved, ["--preset", preset]) for preset in PRESETS), key=len)
+
+
+def flags_today(saved: dict, given: list[str]) -> list[str]:
+    """The flags `given`, and what must be typed beside them for the `saved` settings: presets change."""
     kept = vars(parse_arguments([], saved))  # flags newer than the run at their defaults
-    lines = []
-    for preset in PRESETS:
-        settings = parse_arguments(["--preset", preset])
-        fill_in(settings)
-        typed = {name: value for name, value in kept.items()
-                 if name not in MAY_CHANGE_ON_RESUME | {"run_name", "preset"}
-                 and value != getattr(settings, name)}
-        lines.append(["--preset", preset, *(word.replace("=", " ", 1) for word in as_flags(typed))])
-    return min(lines, key=len)
+    settings = parse_arguments(given)
+    fill_in(settings)
+    typed = {name: value for name, value in kept.items()
+             if name not in MAY_CHANGE_ON_RESUME | {"run_name", "preset"}
+             and value != getattr(settings, name)}
+    return [*given, *(word.replace("=", " ", 1) for word in as_flags(typed))]
 
 
 def scan_on_cpu() -> str:

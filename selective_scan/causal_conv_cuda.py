@@ -1,11 +1,11 @@
 """Causal depthwise convolution with SiLU on CUDA, in Triton; nothing is kept for the backward.
 
-A program owns one batch item, a block of channels and a segment of steps. With few taps it reads each input
-once and has all it needs in registers: the backward computes the convolution again for the slope of SiLU, also
-for the w−1 steps after its own, to which its inputs contributed. With many (the `wide_` kernels) registers
-would not hold that and compilers take minutes to find it out: a loop over the taps reads the segment anew for
-each, from the cache, and the backward writes ∂s to memory in between. Gradients of the weights are summed over
-programs in a fixed order.
+A program owns one batch item, BLOCK channels and SEGMENT steps. With few taps it reads each input once and
+has all it needs in registers: the backward computes the convolution again for the slope of SiLU, also for the
+w−1 steps after its own, to which its inputs contributed. With many (the `wide_` kernels) registers would not
+hold that, and a compiler takes minutes to find it out: a loop reads what GROUP of the taps need, most of it
+from the cache, and the backward writes the convolution's gradient ∂s to memory before it goes on. Gradients
+of the weights are summed over programs in a fixed order.
 """
 
 from __future__ import annotations
@@ -183,7 +183,8 @@ def add_gradients(ds, x, weight, sums, dx, own, k, b, first, length, e, inside, 
             total += own[i] * xs[i + j]
         tl.store(sums + (k + j) * channels + e, total, mask=inside)
     newest = first + TAPS - COUNT - k
-    dss = load_steps(ds + (b * 0 + newest) * channels, channels, newest, length, e, inside, SEGMENT + COUNT - 1)
+    dss = load_steps(ds + (b * 0 + newest) * channels, channels, newest, length, e, inside,
+                     SEGMENT + COUNT - 1)
     backwards = ()
     for j in tl.static_range(COUNT):
         backwards += (taps[COUNT - 1 - j],)
@@ -210,8 +211,8 @@ def wide_backward_kernel(ds, x, weight, dx, sums, length, segments, x_b, x_l: tl
         dxs += ((e * 0).to(tl.float32),)
     tl.store(sums + TAPS * channels + e, total, mask=inside)
     for k in range(0, TAPS // GROUP * GROUP, GROUP):
-        dxs = add_gradients(ds, x, weight, sums, dxs, own, k, b, first, length, e, inside, x_l, channels, TAPS,
-                            SEGMENT, GROUP)
+        dxs = add_gradients(ds, x, weight, sums, dxs, own, k, b, first, length, e, inside, x_l, channels,
+                            TAPS, SEGMENT, GROUP)
     REST: tl.constexpr = TAPS % GROUP
     if REST > 0:
         dxs = add_gradients(ds, x, weight, sums, dxs, own, TAPS - REST, b, first, length, e, inside, x_l,

@@ -239,11 +239,12 @@ def test_the_mixer_in_one_is_the_mixer_line_by_line(shape, dtype, seed, device):
 
 
 @runs_here
-@pytest.mark.parametrize(("scan", "index", "dtype"), [
-    ("row", 0, torch.float32), ("row", 0, torch.bfloat16),
-    *(("cross", index, torch.float32) for index in range(4)), ("cross", 3, torch.bfloat16)], ids=str)
-def test_the_block_in_one_is_the_block_line_by_line(scan, index, dtype, seed, device):
-    module = MambaBlock(20, scan, index, d_state=4).to(device)
+@pytest.mark.parametrize(("scan", "index", "taps", "dtype"), [
+    ("row", 0, 4, torch.float32), ("row", 0, 4, torch.bfloat16),
+    *(("cross", index, 4, torch.float32) for index in range(4)), ("cross", 3, 4, torch.bfloat16),
+    ("alternate", 1, 9, torch.float32)], ids=str)
+def test_the_block_in_one_is_the_block_line_by_line(scan, index, taps, dtype, seed, device):
+    module = MambaBlock(20, scan, index, d_state=4, d_conv=taps).to(device)
     torch.nn.init.normal_(module.norm.weight)
     torch.nn.init.normal_(module.norm.bias)
     given, dy = torch.randn(2, 2, 2, 3, 20, device=device).to(dtype).unbind()

@@ -1,4 +1,4 @@
-"""The scan's CUDA kernels compile for every generation of GPUs, with no GPU there.
+"""The CUDA kernels of the scan and the convolution compile for every generation of GPUs, with no GPU there.
 
 Triton's interpreter (test_cuda.py) knows nothing of layouts, shared memory or what a processor cannot do; the
 compiler does, and some of what it finds ends the process. So this file runs itself once for each generation.
@@ -16,8 +16,9 @@ import pytest
 from selective_scan.dispatch import HAS_TRITON
 
 GENERATIONS = {75: "Turing", 80: "Ampere", 90: "Hopper"}
-KERNELS = {"forward_kernel", "segment_kernel", "carry_kernel", "backward_kernel", "sum_weights_kernel",
-           "sum_projected_kernel"}
+KERNELS = {"cuda": {"forward_kernel", "segment_kernel", "carry_kernel", "backward_kernel",
+                    "sum_weights_kernel", "sum_projected_kernel"},
+           "causal_conv_cuda": {"forward_kernel", "backward_kernel", "wide_kernel", "wide_backward_kernel"}}
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
@@ -29,7 +30,8 @@ def test_kernels_compile_for_every_generation():
     with ThreadPoolExecutor(2) as pool:
         for capability, done in zip(GENERATIONS, pool.map(compiled, GENERATIONS), strict=True):
             assert done.returncode == 0, f"{GENERATIONS[capability]}: {done.stdout}{done.stderr[-2000:]}"
-            assert set(done.stdout.split()) == KERNELS
+            assert set(done.stdout.split()) == {f"{module}.{name}" for module in KERNELS
+                                                for name in KERNELS[module]}
 
 
 def compile_all(capability: int) -> None:
@@ -37,9 +39,10 @@ def compile_all(capability: int) -> None:
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-    from selective_scan import cuda
+    from selective_scan import causal_conv_cuda, cuda
 
     class Recorded:
         """Stands for a kernel: compiles it where it would be launched."""
@@ -62,13 +65,16 @@ def compile_all(capability: int) -> None:
                 signature[parameter.name] = triton.runtime.jit.mangle_type(value)
                 if aligned % 16 == 0:
                     attributes[index,] = [["tt.divisibility", 16]]
-            source = GluonASTSource(self.kernel, signature, constexprs, attributes)
+            kind = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+            source = kind(self.kernel, signature, constexprs, attributes)
             options = {"num_warps": num_warps} | ({"maxnreg": maxnreg} if maxnreg else {})
             triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-            print(self.kernel.__name__)
+            print(f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__}")
 
-    for name in KERNELS:
-        setattr(cuda, name, Recorded(getattr(cuda, name)))
+    for module in (cuda, causal_conv_cuda):
+        for name in KERNELS[module.__name__.rpartition(".")[2]]:
+            setattr(module, name, Recorded(getattr(module, name)))
+    causal_conv_cuda.sum_rows = lambda sums, split: (sums[0, :split], sums[0, split:])
     if capability < 80:
         cuda._async = lambda *_: False
     b, l, e, n = 2, 256, 64, 16
@@ -77,6 +83,10 @@ def compile_all(capability: int) -> None:
     A, D, bias = torch.empty(e, n), torch.empty(e), torch.empty(e)
     _, _, checkpoints = cuda.forward(u, delta, A, B, C, D, z, bias, True, True)
     cuda.backward(dout, None, u, delta, A, B, C, D, z, bias, True, checkpoints)
+    for taps in (4, 35):  # in registers, and in a loop with a rest
+        weight = torch.empty(e, 1, taps)
+        causal_conv_cuda.forward(u, weight, bias)
+        causal_conv_cuda.backward(dout, u, weight, bias, torch.empty_like(u))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import checkpoint
 from benchmarks import tables
 from flags import MAY_CHANGE_ON_RESUME, fill_in, parse_arguments
+from presets import PRESETS
 
 ENGLISH, VIETNAMESE = (tables.ROOT / name for name in ("README.md", "README.vi.md"))
 PROGRAMS = ("python", "pip", "tensorboard", "torchrun", "source", ".venv", "from")
@@ -32,20 +33,23 @@ def test_presets_that_were_measured_have_a_row_in_a_fixed_order(tmp_path, monkey
     assert "Chưa đo preset nào." in tables.fill(VIETNAMESE, page)
     (tmp_path / "results").mkdir()
     runs = [{"nan": False, "training_seconds": seconds} for seconds in (1000, 1300)]
+    settings = PRESETS["tiny"].settings | {"train_on_all": True}
     about = {"parameters": 12345, "nan_runs": 0, "jobs": 1, "machine": MACHINE, "runs": runs,
-             "arguments": ["--preset", "tiny", "--train-on-all"],
+             "arguments": ["--preset", "tiny", "--train-on-all"], "settings": settings,
              "test_accuracy": {"mean": 0.99123, "std": 0.00049}}
     for preset, changes in {
             "default": {"runs": runs[:1], "test_accuracy": {"mean": 0.99, "std": None}},
             "gpu": {"nan_runs": 1, "jobs": 5, "runs": [*runs, {"nan": True, "training_seconds": 9}]},
-            "tiny": {"runs": [runs[0] | {"machine": {"gpu": "older GPU", "torch": "1"}}, runs[1]]}, "smnist": {"runs": [], "nan_runs": 2, "test_accuracy": {"mean": None, "std": None}},
+            "tiny": {"runs": [runs[0] | {"machine": {"gpu": "older GPU", "torch": "1"}}, runs[1]]},
+            "smnist": {"runs": [], "nan_runs": 2, "test_accuracy": {"mean": None, "std": None},
+                       "settings": settings | {"lr": 0.5, "ema": 0.0}},
             "other": {}}.items():
         (tmp_path / "results" / f"accuracy-{preset}.json").write_text(json.dumps(about | changes))
     assert tables.accuracies().splitlines()[2:] == [
         "| `--preset tiny --train-on-all` | MNIST, at most 0.1 million parameters | 12,345 | 99.12 ± 0.05 % "
         "(2 seeds) | 1,150 s | older GPU; PyTorch 1 / GPU; PyTorch 2 |",
-        "| `--preset tiny --train-on-all` | MNIST, pixel by pixel | 12,345 | – (0 seeds, 2 more ended in "
-        "NaN) | – | GPU; PyTorch 2 |",
+        "| `--preset tiny --train-on-all --lr 0.5 --ema 0.0` | MNIST, pixel by pixel | 12,345 | – (0 seeds, "
+        "2 more ended in NaN) | – | GPU; PyTorch 2 |",
         "| `--preset tiny --train-on-all` | MNIST, on a GPU | 12,345 | 99.12 ± 0.05 % (2 seeds, 1 more ended "
         "in NaN) | 1,150 s, 5 at once | GPU; PyTorch 2 |",
         "| `--preset tiny --train-on-all` | MNIST, on a laptop's CPU | 12,345 | 99.00 % (1 seed) | 1,000 s "

@@ -212,7 +212,7 @@ DRAWN = [  # those whose pictures for TensorBoard are of a kind of their own
     ["--augment", "elastic", "--augment-strength", "1.5", "--erase", "0.5", "--drop-path", "0.3"],
     ["--warm-up", "0", "--augment", "affine", "--no-augment"],
     ["--batch-size", "1000", "--no-augment"], ["--limit-train", "1"],
-    ["--position-conv", "--gradient-checkpointing"],
+    ["--position-conv", "--gradient-checkpointing"], ["--d-conv", "9"],
 ], ids=" ".join)
 def test_every_kind_of_run_trains(options, train, tmp_path, request):
     if options not in DRAWN:
