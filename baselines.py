@@ -163,9 +163,9 @@ ARCHITECTURES = {"mamba": VisionMamba2, "lstm": VisionLSTM, "transformer": Visio
 def matched_config(architecture: str, config: dict) -> dict:
     """The arguments of `architecture` that give it about as many parameters as VisionMamba2(**config) has.
 
-    What an architecture does not know is left out: the order of the scan, d_state, position_conv, and for a
-    Transformer whether positions are added, which it cannot do without. Raises KeyError for an architecture
-    that is not in ARCHITECTURES, and whatever VisionMamba2 raises for its config.
+    What an architecture does not know is left out: the order of the scan, d_state, d_conv, position_conv, and
+    for a Transformer whether positions are added, which it cannot do without. Raises KeyError for an
+    architecture that is not in ARCHITECTURES, and whatever VisionMamba2 raises for its config.
     """
     if architecture == "mamba":
         return config

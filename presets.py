@@ -34,7 +34,7 @@ PRESETS = {
     "smnist": Preset(
         "sequential MNIST as in the state-space papers: 784 pixels one at a time, no convolution over the "
         "image, no augmentation; positions, because decaying states tell places apart badly; 32 taps along "
-        "the sequence, which reach the pixel above",
+        "the sequence, which reach the pixel of the row before",
         {**PIXELS, "d_model": 88, "num_blocks": 8, "d_conv": 32, "drop_path": 0.2, "drop_tokens": 0.2,
          "epochs": 30}),
     "psmnist": Preset(

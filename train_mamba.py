@@ -199,7 +199,7 @@ def build_model(settings: argparse.Namespace, num_classes: int, in_channels: int
         model = evaluate.on_device(ARCHITECTURES[settings.model](**config), device)
     except (ValueError, TypeError, RuntimeError, MemoryError) as error:
         raise UserError(f"no model can be built with these settings ({str(error)[:160]}); lower --d-model, "
-                        "--num-blocks or --d-state") from error
+                        "--num-blocks, --d-state or --d-conv") from error
     model.gradient_checkpointing = settings.gradient_checkpointing
     return config, model
 

@@ -11,7 +11,7 @@ numbers are those of the last epoch, never of the best.
 results/accuracy-<preset>.json, validation-<preset>.json or <name>.json holds every seed as soon as it is
 there, with the settings. A seed that is trained already is not trained again, and one that was cut short goes
 on; with --merge the seeds in the file count as trained, too, whose runs are gone. Each tells the machine that
-it was trained on. One whose loss became no number is recorded as such, and counts in nan_runs alone.
+trained it. One whose loss became no number is recorded as such, and counts in nan_runs alone.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from presets import PRESETS
 from trials import Outcome, Trial, check, difference, save_json, train
 
 ROOT = Path(__file__).resolve().parent.parent
+HERE = ("machine", "jobs")  # what a run tells of the call that trained it: its times depend on both
 SET_HERE = {"seed", "run_name", "runs_dir", "checkpoints_dir", "resume", "profile"}
 
 
@@ -49,21 +50,24 @@ def main() -> None:
     if arguments.validation and trials[0].settings.train_on_all:
         raise UserError("--validation holds out the images that --train-on-all trains on; leave one out")
     device = evaluate.pick_device(trials[0].settings.device)
-    output, machine = ROOT / "results" / f"{arguments.name}.json", timing.machine(device)
+    output = ROOT / "results" / f"{arguments.name}.json"
     kept = kept_runs(output, trials[0], device) if arguments.merge else []
     trials = [trial for trial in trials if trial.settings.seed not in {run["seed"] for run in kept}]
     if not trials:
         raise UserError(f"{output} has all of these seeds; leave out --merge to train them again")
     check(trials)
+    here = {"machine": timing.machine(device), "jobs": arguments.jobs}
+    before = trained_before(output, trials)
+    trained = {trial: before.get(trial, here) for trial in trials}
     done: dict[Trial, Outcome] = {}
     with contextlib.closing(train(trials, len(trials), arguments.jobs)) as outcomes:
         for trial, outcome in outcomes:
             if outcome.failed and not outcome.nan:
                 raise UserError(f"{trial.name} did not finish: {outcome.failed}")
             done[trial] = outcome
-            result = summary(arguments, done, machine, kept)
+            result = summary(arguments, done, trained, kept)
             save_json(output, result)
-            alone = summary(arguments, {trial: outcome}, machine)
+            alone = summary(arguments, {trial: outcome}, trained)
             tqdm.write(f"{trial.name}: {outcome.failed or accuracy(alone)}")
     nan = f", {result['nan_runs']} of them ended in NaN" if result["nan_runs"] else ""
     print(f"{arguments.name}: {accuracy(result)} (seeds: {len(result['runs'])}{nan}), "
@@ -117,29 +121,57 @@ def absolute(text: str) -> Path:
     return Path(text).absolute()
 
 
+def runs_in(file: Path, settings: argparse.Namespace) -> tuple[list[dict], str | None]:
+    """The runs that a file tells of, each with HERE; and in what they were trained unlike `settings`, if so.
+
+    Raises ValueError, naming the file, where it tells of none.
+    """
+    try:
+        older = json.loads(file.read_text(encoding="utf-8"))
+        here = {name: older[name] for name in HERE}  # of all runs, once
+        runs = [here | run for run in older["runs"]]
+        saved = {name: tuple(value) if isinstance(value, list) else value
+                 for name, value in older["settings"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no seeds in {file}") from error
+    return runs, difference(saved | {"seed": settings.seed}, settings)
+
+
+def trained_before(file: Path, trials: Sequence[Trial]) -> dict[Trial, dict]:
+    """HERE of the calls that have trained some of the trials before, as the file tells, where it does."""
+    try:
+        runs, unlike = runs_in(file, trials[0].settings)
+    except ValueError:
+        return {}
+    of_seed = {run["seed"]: {name: run[name] for name in HERE} for run in runs}
+    return {trial: of_seed[trial.settings.seed] for trial in trials
+            if not unlike and trial.settings.seed in of_seed and trial.outcome() is not None}
+
+
 def kept_runs(file: Path, trial: Trial, device: torch.device) -> list[dict]:
-    """The file's runs, for --merge, each with its machine.
+    """The file's runs, for --merge.
 
     Raises UserError where they are of other settings or another kind of device, or no runs at all.
     """
     try:
-        older = json.loads(file.read_text(encoding="utf-8"))
-        settings, runs, machine = older["settings"], older["runs"], older["machine"]
-        kind = machine["device"].split(":")[0]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--merge finds no seeds in {file}; leave it out") from error
-    if kind != device.type:  # which decides on the precision, for one
-        raise UserError(f"the seeds in {file} were trained on {kind} and not {device.type}; leave out "
-                        "--merge")
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    if found := difference(settings | {"seed": trial.settings.seed}, trial.settings):
-        raise UserError(f"the seeds in {file} were trained with {found}; leave out --merge")
-    return [{"machine": machine, **run} for run in runs]
+        runs, unlike = runs_in(file, trial.settings)
+    except ValueError as error:
+        raise UserError(f"--merge finds {error}; leave it out") from error
+    kinds = {run["machine"]["device"].split(":")[0] for run in runs}
+    if not unlike and kinds - {device.type}:  # it decides on the precision, for one
+        unlike = f"--device {kinds.pop()} and not {device.type}"
+    if unlike:
+        raise UserError(f"the seeds in {file} were trained with {unlike}; choose another --name, or leave "
+                        "out --merge to replace them")
+    return runs
 
 
-def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], machine: dict,
+def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], trained: dict[Trial, dict],
             kept: Sequence[dict] = ()) -> dict:
-    """What is known of the seeds that are `done`, on this machine, and of the `kept` runs."""
+    """What is known of the seeds that are `done`, `trained` as that says, and of the `kept` runs.
+
+    The time of an epoch is that of the call that trained the last of them.
+    """
     measured, hidden = "test_accuracy", None
     if arguments.validation:  # who does not see the test accuracy cannot choose by it
         measured, hidden = "val_accuracy", "test_accuracy"
@@ -149,21 +181,22 @@ def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], machine: 
         runs.append({"seed": trial.settings.seed, "nan": outcome.nan,
                      **{name: value for name, value in metrics.items() if name != hidden},
                      "training_seconds": outcome.seconds,
-                     "all_evaluation_seconds": outcome.evaluation_seconds, "machine": machine})
+                     "all_evaluation_seconds": outcome.evaluation_seconds, **trained[trial]})
     runs.sort(key=lambda run: run["seed"])
     accuracies = [run[measured] for run in runs if not run["nan"]]
     contents = checkpoint.load_good(trial.last)
+    with_it = [outcome for other, outcome in done.items() if trained[other] == trained[trial]]
     return {"name": arguments.name, "arguments": arguments.train,
             "settings": {name: value for name, value in contents["settings"].items()
                          if name not in MAY_CHANGE_ON_RESUME | {"seed", "run_name"}},
             "parameters": sum(weight.numel() for weight in evaluate.rebuild(contents, "cpu").parameters()),
-            "epochs": trial.settings.epochs, "seeds": arguments.seeds, "jobs": arguments.jobs, "runs": runs,
+            "epochs": trial.settings.epochs, "seeds": arguments.seeds, "runs": runs,
             "nan_runs": len(runs) - len(accuracies),
             measured: {"mean": statistics.mean(accuracies) if accuracies else None,
                        "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None},
-            "seconds_an_epoch": statistics.median([epoch["seconds"] for outcome in done.values()
+            "seconds_an_epoch": statistics.median([epoch["seconds"] for outcome in with_it
                                                    for epoch in outcome.epochs] or [0]),
-            "training_seconds": sum(run["training_seconds"] for run in runs), "machine": machine}
+            "training_seconds": sum(run["training_seconds"] for run in runs), **trained[trial]}
 
 
 def accuracy(result: dict) -> str:

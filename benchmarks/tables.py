@@ -8,6 +8,7 @@ A table stands between <!-- table NAME --> and <!-- end -->.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import statistics
@@ -100,8 +101,8 @@ def machine(facts: dict) -> str:
 
 
 def machines(found: dict) -> str:
-    """Those that the seeds of a file of accuracy.py were trained on; one of them for most."""
-    facts = [run.get("machine", found["machine"]) for run in found["runs"]] or [found["machine"]]
+    """Those that the seeds of a file of accuracy.py were trained on; the first is that of the times."""
+    facts = [found["machine"], *(run.get("machine", found["machine"]) for run in found["runs"])]
     return " / ".join(dict.fromkeys(map(machine, facts)))
 
 
@@ -132,7 +133,9 @@ def accuracies() -> str:
         if not (ROOT / "results" / f"accuracy-{preset}.json").exists():
             continue
         found = result(f"accuracy-{preset}")
-        ended = [run["training_seconds"] for run in found["runs"] if not run["nan"]]
+        ended = [run["training_seconds"] for run in found["runs"] if not run["nan"]
+                 and run.get("jobs", found["jobs"]) == found["jobs"]  # or the mean would be of two things
+                 and machine(run.get("machine", found["machine"])) == machine(found["machine"])]
         seconds = f"{statistics.mean(ended):,.0f} s" if ended else "–"
         seconds += f", {found['jobs']} at once" if found["jobs"] > 1 else ""
         flags = " ".join(flags_today(found["settings"], found["arguments"]))
@@ -175,17 +178,27 @@ def shipped() -> str:
 
 def shortest_flags(saved: dict) -> list[str]:
     """What to type today for a run's settings; the nearest preset may have another name by now."""
-    return min((flags_today(saved, ["--preset", preset]) for preset in PRESETS), key=len)
+    lines = []
+    for preset in PRESETS:
+        with contextlib.suppress(UserError):
+            lines.append(flags_today(saved, ["--preset", preset]))
+    return min(lines, key=len)
 
 
 def flags_today(saved: dict, given: list[str]) -> list[str]:
-    """The flags `given`, and what must be typed beside them for the `saved` settings: presets change."""
+    """The flags `given`, and what must be typed beside them for the `saved` settings: presets change.
+
+    Raises UserError where that cannot be said: no flag gives a setting the value None.
+    """
+    saved = {name: value for name, value in saved.items() if name != "preset"}  # there may be no such today
     kept = vars(parse_arguments([], saved))  # flags newer than the run at their defaults
     settings = parse_arguments(given)
     fill_in(settings)
     typed = {name: value for name, value in kept.items()
              if name not in MAY_CHANGE_ON_RESUME | {"run_name", "preset"}
              and value != getattr(settings, name)}
+    if unsaid := [name for name, value in typed.items() if value is None]:
+        raise UserError(f"what ran without {unsaid[0]} cannot be said by {' '.join(given)}, which sets it")
     return [*given, *(word.replace("=", " ", 1) for word in as_flags(typed))]
 
 

@@ -29,6 +29,16 @@ def sigmoid(x):
 
 
 @triton.jit
+def place(channels: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's channels, and which of the segments of all batch items is its own.
+
+    Both from one axis of programs, because the others have 65,535 at most.
+    """
+    BLOCKS: tl.constexpr = (channels + BLOCK - 1) // BLOCK
+    return tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK), tl.program_id(0) // BLOCKS
+
+
+@triton.jit
 def load_weights(weight, bias, e, inside, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr):
     taps = ()
     for k in tl.static_range(TAPS):
@@ -52,9 +62,9 @@ def load_steps(pointer, stride: tl.constexpr, first, length, e, inside, STEPS: t
 @triton.jit
 def forward_kernel(x, weight, bias, out, length, segments, x_b, x_l: tl.constexpr, channels: tl.constexpr,
                    TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = (tl.program_id(1) // segments).to(tl.int64)
-    first = tl.program_id(1) % segments * SEGMENT
+    e, program = place(channels, BLOCK)
+    b = (program // segments).to(tl.int64)
+    first = program % segments * SEGMENT
     inside = e < channels
     taps, shift = load_weights(weight, bias, e, inside, TAPS, HAS_BIAS)
     begin = b * 0 + first - (TAPS - 1)
@@ -73,9 +83,9 @@ def backward_kernel(dout, x, weight, bias, dx, sums, length, segments, dout_b, d
                     x_l: tl.constexpr, dx_b, dx_l: tl.constexpr, channels: tl.constexpr, TAPS: tl.constexpr,
                     HAS_BIAS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
     """With s the convolution: ∂x_t = Σ_k weight_k ∂s_{t+w−1−k},  ∂weight_k = Σ_t ∂s_t x_{t−w+1+k}."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = (tl.program_id(1) // segments).to(tl.int64)
-    first = tl.program_id(1) % segments * SEGMENT
+    e, program = place(channels, BLOCK)
+    b = (program // segments).to(tl.int64)
+    first = program % segments * SEGMENT
     inside = e < channels
     taps, shift = load_weights(weight, bias, e, inside, TAPS, HAS_BIAS)
     begin = b * 0 + first
@@ -96,7 +106,7 @@ def backward_kernel(dout, x, weight, bias, dx, sums, length, segments, dout_b, d
         for k in tl.static_range(TAPS):
             dx_t += taps[k] * dss[i + TAPS - 1 - k]
         tl.store(dx + i * dx_l + e, dx_t.to(dx.dtype.element_ty), mask=inside & (e * 0 + first + i < length))
-    sums += tl.program_id(1).to(tl.int64) * (TAPS + 1) * channels
+    sums += program.to(tl.int64) * (TAPS + 1) * channels
     for k in tl.static_range(TAPS):
         total = (e * 0).to(tl.float32)
         for i in tl.static_range(SEGMENT):
@@ -134,9 +144,9 @@ def wide_kernel(x, weight, bias, dout, out, length, segments, x_b, x_l: tl.const
                 dout_l: tl.constexpr, channels: tl.constexpr, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
                 SLOPE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     """silu(s) of the convolution s or, with SLOPE, ∂s = ∂out silu'(s). weight is (taps, channels)."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = (tl.program_id(1) // segments).to(tl.int64)
-    first = tl.program_id(1) % segments * SEGMENT
+    e, program = place(channels, BLOCK)
+    b = (program // segments).to(tl.int64)
+    first = program % segments * SEGMENT
     inside = e < channels
     shift = (e * 0).to(tl.float32)
     if HAS_BIAS:
@@ -196,13 +206,13 @@ def wide_backward_kernel(ds, x, weight, dx, sums, length, segments, x_b, x_l: tl
                          dx_l: tl.constexpr, channels: tl.constexpr, TAPS: tl.constexpr,
                          SEGMENT: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
     """From ∂s of all steps ∂x and, of this segment, the sums for ∂weight (taps, channels) and ∂bias."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = (tl.program_id(1) // segments).to(tl.int64)
-    first = tl.program_id(1) % segments * SEGMENT
+    e, program = place(channels, BLOCK)
+    b = (program // segments).to(tl.int64)
+    first = program % segments * SEGMENT
     inside = e < channels
     x += b * x_b
     ds += b * length * channels
-    sums += tl.program_id(1).to(tl.int64) * (TAPS + 1) * channels
+    sums += program.to(tl.int64) * (TAPS + 1) * channels
     own = load_steps(ds + (b * 0 + first) * channels, channels, first, length, e, inside, SEGMENT)
     total = (e * 0).to(tl.float32)
     dxs = ()
@@ -227,11 +237,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(b, l, e) in x's dtype."""
     x, weight, bias = _rows(x), weight.contiguous(), bias if bias is None else bias.contiguous()
     if weight.shape[-1] > FEW:
-        return _wide(x, weight, bias, None)
+        return _wide(x, _taps_first(weight), bias, None)
     b, l, e = x.shape
     out = torch.empty(b, l, e, device=x.device, dtype=x.dtype)
     segments = triton.cdiv(l, SEGMENT)
-    forward_kernel[(triton.cdiv(e, BLOCK), b * segments)](
+    forward_kernel[(triton.cdiv(e, BLOCK) * b * segments,)](
         x, weight, weight if bias is None else bias, out, l, segments, *x.stride()[:2], e,
         TAPS=weight.shape[-1], HAS_BIAS=bias is not None, SEGMENT=SEGMENT, BLOCK=BLOCK, num_warps=2)
     return out
@@ -245,9 +255,10 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     b, l, e = x.shape
     taps, segments = weight.shape[-1], triton.cdiv(l, SEGMENT)
     if taps > FEW:
+        weight = _taps_first(weight)
         return _wide_backward(_wide(x, weight, bias, dout), x, weight, dx)
     sums = torch.empty(b * segments, (taps + 1) * e, device=x.device)
-    backward_kernel[(triton.cdiv(e, BLOCK), b * segments)](
+    backward_kernel[(triton.cdiv(e, BLOCK) * b * segments,)](
         dout, x, weight, weight if bias is None else bias, dx, sums, l, segments, *dout.stride()[:2],
         *x.stride()[:2], *dx.stride()[:2], e, TAPS=taps, HAS_BIAS=bias is not None, SEGMENT=SEGMENT,
         BLOCK=BLOCK, num_warps=2)
@@ -256,25 +267,25 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
 
 
 def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor | None) -> Tensor:
-    """The output (b, l, e) or, for that of the output, the gradient of the convolution before its SiLU."""
+    """silu(s) of the convolution s with weight (w, e), in x's dtype; or, given ∂silu(s), ∂s, float32."""
     b, l, e = x.shape
     segments = triton.cdiv(l, SEGMENT)
-    out = torch.empty(b, l, e, device=x.device, dtype=x.dtype)
+    out = torch.empty(b, l, e, device=x.device, dtype=x.dtype if dout is None else torch.float32)
     slope = x if dout is None else dout
-    wide_kernel[(triton.cdiv(e, BLOCK), b * segments)](
-        x, _taps_first(weight), weight if bias is None else bias, slope, out, l, segments, *x.stride()[:2],
-        *slope.stride()[:2], e, TAPS=weight.shape[-1], HAS_BIAS=bias is not None, SLOPE=dout is not None,
+    wide_kernel[(triton.cdiv(e, BLOCK) * b * segments,)](
+        x, weight, weight if bias is None else bias, slope, out, l, segments, *x.stride()[:2],
+        *slope.stride()[:2], e, TAPS=len(weight), HAS_BIAS=bias is not None, SLOPE=dout is not None,
         SEGMENT=SEGMENT, BLOCK=BLOCK, GROUP=GROUP, num_warps=2)
     return out
 
 
 def _wide_backward(ds: Tensor, x: Tensor, weight: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """`backward` from the gradient of the convolution before its SiLU."""
+    """What `backward` does, from ∂s (b, l, e) and weight (w, e)."""
     b, l, e = x.shape
-    taps, segments = weight.shape[-1], triton.cdiv(l, SEGMENT)
+    taps, segments = len(weight), triton.cdiv(l, SEGMENT)
     sums = torch.empty(b * segments, (taps + 1) * e, device=x.device)
-    wide_backward_kernel[(triton.cdiv(e, BLOCK), b * segments)](
-        ds, x, _taps_first(weight), dx, sums, l, segments, *x.stride()[:2], *dx.stride()[:2], e, TAPS=taps,
+    wide_backward_kernel[(triton.cdiv(e, BLOCK) * b * segments,)](
+        ds, x, weight, dx, sums, l, segments, *x.stride()[:2], *dx.stride()[:2], e, TAPS=taps,
         SEGMENT=SEGMENT, BLOCK=BLOCK, GROUP=GROUP, num_warps=2)
     dweight, dbias = sum_rows(sums, taps * e)
     return dweight.view(taps, e).T.unsqueeze(1), dbias

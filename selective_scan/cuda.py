@@ -335,12 +335,15 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
                    SOFTPLUS: constexpr, SAVE: constexpr, SEGMENTED: constexpr, N: constexpr, BLOCK: constexpr,
                    STATES: constexpr, ROWS: constexpr, PROJECTED: constexpr, ASYNC: constexpr,
                    ASYNC_PROJECTED: constexpr, CHUNK: constexpr, GROUP: constexpr):
-    e = gl.program_id(0) * BLOCK + arange(BLOCK, along(STATES, 0))
+    # One axis of programs, because the others have 65,535 at most.
+    BLOCKS: constexpr = (channels + BLOCK - 1) // BLOCK
+    block, program = gl.program_id(0) % BLOCKS, gl.program_id(0) // BLOCKS
+    e = block * BLOCK + arange(BLOCK, along(STATES, 0))
     n = arange(N, along(STATES, 1))
     inside = e < channels
     states_inside = (n < N_STATE)[:, None] & inside[None, :]
-    b = (gl.program_id(1) // segments).to(gl.int64)
-    part = gl.program_id(1) % segments
+    b = (program // segments).to(gl.int64)
+    part = program % segments
     A2, D_e, bias_e = load_weights(A, D, bias, e, n, e, channels, N_STATE, HAS_D, HAS_BIAS)
 
     start = part * segment
@@ -354,7 +357,7 @@ def forward_kernel(u, delta, A, B, C, D, z, bias, entering, out, last_state, che
     if HAS_Z:
         rows = (us, deltas, zs), (u, delta, z), (u_b, delta_b, z_b), (u_l, delta_l, z_l)
     projected = (raw_Bs, raw_Cs), (B, C), (B_b, C_b), (B_l, C_l)
-    in_rows = arange(GROUP, along(ROWS, 1)), gl.program_id(0) * BLOCK + arange(BLOCK, along(ROWS, 0))
+    in_rows = arange(GROUP, along(ROWS, 1)), block * BLOCK + arange(BLOCK, along(ROWS, 0))
     in_projected = arange(GROUP, along(PROJECTED, 1)), arange(N, along(PROJECTED, 0))
 
     h = gl.zeros_like(A2)
@@ -782,7 +785,7 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
         entering = _enter(None, u, delta, A, B, C, z, delta_bias, u, delta_softplus, plan.segment,
                           reverse=False)
     unit = _unit(u, delta, B, C, z)
-    forward_kernel[(triton.cdiv(e, plan.block), b * segments)](
+    forward_kernel[(triton.cdiv(e, plan.block) * b * segments,)](
         u, delta, A, B, C, A if D is None else D, u if z is None else z,
         A if delta_bias is None else delta_bias, entering, out, last_state, checkpoints,
         *_strides(unit, u, delta, B, C, z), unit, l, e, n, plan.segment, segments,

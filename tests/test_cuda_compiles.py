@@ -83,7 +83,7 @@ def compile_all(capability: int) -> None:
     A, D, bias = torch.empty(e, n), torch.empty(e), torch.empty(e)
     _, _, checkpoints = cuda.forward(u, delta, A, B, C, D, z, bias, True, True)
     cuda.backward(dout, None, u, delta, A, B, C, D, z, bias, True, checkpoints)
-    for taps in (4, 35):  # in registers, and in a loop with a rest
+    for taps in (4, 32, 35):  # in registers, and in a loop without and with a rest
         weight = torch.empty(e, 1, taps)
         causal_conv_cuda.forward(u, weight, bias)
         causal_conv_cuda.backward(dout, u, weight, bias, torch.empty_like(u))

@@ -9,8 +9,8 @@ import pytest
 
 import checkpoint
 from benchmarks import tables
+from errors import UserError
 from flags import MAY_CHANGE_ON_RESUME, fill_in, parse_arguments
-from presets import PRESETS
 
 ENGLISH, VIETNAMESE = (tables.ROOT / name for name in ("README.md", "README.vi.md"))
 PROGRAMS = ("python", "pip", "tensorboard", "torchrun", "source", ".venv", "from")
@@ -26,6 +26,14 @@ def test_the_tables_are_what_the_result_files_say():
 MACHINE = {"gpu": "GPU", "torch": "2"}
 
 
+def settings_of(flags: str) -> dict:
+    """Those that a results file tells of runs with these flags."""
+    settings = parse_arguments(flags.split())
+    fill_in(settings)
+    return {name: value for name, value in vars(settings).items()
+            if name not in MAY_CHANGE_ON_RESUME | {"seed", "run_name"}}
+
+
 def test_presets_that_were_measured_have_a_row_in_a_fixed_order(tmp_path, monkeypatch):
     page = "<!-- table accuracy -->\n\n<!-- end -->"
     monkeypatch.setattr(tables, "ROOT", tmp_path)
@@ -33,7 +41,7 @@ def test_presets_that_were_measured_have_a_row_in_a_fixed_order(tmp_path, monkey
     assert "Chưa đo preset nào." in tables.fill(VIETNAMESE, page)
     (tmp_path / "results").mkdir()
     runs = [{"nan": False, "training_seconds": seconds} for seconds in (1000, 1300)]
-    settings = PRESETS["tiny"].settings | {"train_on_all": True}
+    settings = settings_of("--preset tiny --train-on-all")
     about = {"parameters": 12345, "nan_runs": 0, "jobs": 1, "machine": MACHINE, "runs": runs,
              "arguments": ["--preset", "tiny", "--train-on-all"], "settings": settings,
              "test_accuracy": {"mean": 0.99123, "std": 0.00049}}
@@ -47,7 +55,7 @@ def test_presets_that_were_measured_have_a_row_in_a_fixed_order(tmp_path, monkey
         (tmp_path / "results" / f"accuracy-{preset}.json").write_text(json.dumps(about | changes))
     assert tables.accuracies().splitlines()[2:] == [
         "| `--preset tiny --train-on-all` | MNIST, at most 0.1 million parameters | 12,345 | 99.12 ± 0.05 % "
-        "(2 seeds) | 1,150 s | older GPU; PyTorch 1 / GPU; PyTorch 2 |",
+        "(2 seeds) | 1,300 s | GPU; PyTorch 2 / older GPU; PyTorch 1 |",
         "| `--preset tiny --train-on-all --lr 0.5 --ema 0.0` | MNIST, pixel by pixel | 12,345 | – (0 seeds, "
         "2 more ended in NaN) | – | GPU; PyTorch 2 |",
         "| `--preset tiny --train-on-all` | MNIST, on a GPU | 12,345 | 99.12 ± 0.05 % (2 seeds, 1 more ended "
@@ -57,6 +65,26 @@ def test_presets_that_were_measured_have_a_row_in_a_fixed_order(tmp_path, monkey
     translated = tables.fill(VIETNAMESE, page)
     assert "99.12 ± 0.05 % (2 hạt giống, 1 nữa kết thúc bằng NaN) | 1,150 s, 5 cùng lúc" in translated
     assert "nhiều nhất 0.1 triệu tham số" in translated and "seed" not in translated
+
+
+def test_the_flags_of_a_row_give_the_settings_that_were_measured():
+    measured = 0
+    for file in (tables.ROOT / "results").glob("*.json"):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if "settings" in found and "arguments" in found:
+            saved = {name: tuple(value) if isinstance(value, list) else value
+                     for name, value in found["settings"].items()}
+            flags = " ".join(tables.flags_today(found["settings"], found["arguments"]))
+            assert settings_of(flags).items() >= saved.items(), file.name
+            measured += 1
+    assert measured > 3
+
+
+def test_settings_that_no_flag_gives_beside_a_preset():
+    saved = settings_of("--preset smnist") | {"preset": "gone", "warm_up": None}
+    assert saved["permute_seed"] is None and "--preset psmnist" not in " ".join(tables.shortest_flags(saved))
+    with pytest.raises(UserError, match="what ran without permute_seed cannot be said by --preset psmnist"):
+        tables.flags_today(saved, ["--preset", "psmnist"])
 
 
 def test_the_shipped_model_is_named_with_the_command_that_made_it():
