@@ -53,6 +53,19 @@ def as_flags(settings: dict) -> list[str]:
             for name, value in settings.items() if value is not None]
 
 
+def differences(saved: dict, settings: argparse.Namespace) -> dict[str, tuple]:
+    """A run's settings that are not those `saved`, each as (saved, now); a newer flag had its default."""
+    defaults = parse_arguments([])
+    fill_in(defaults)
+    found = {}
+    for name, value in vars(settings).items():
+        there = saved.get(name, getattr(defaults, name))
+        there = tuple(there) if isinstance(there, list) else there  # JSON has no tuples
+        if name not in MAY_CHANGE_ON_RESUME | {"run_name"} and there != value:
+            found[name] = there, value
+    return found
+
+
 def argument_parser() -> ArgumentParser:
     """Every flag with its default, which is the one of the preset `default`."""
     parser = ArgumentParser("Train VisionMamba2 on images.")

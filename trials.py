@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import checkpoint
 from errors import UserError
-from flags import MAY_CHANGE_ON_RESUME, fill_in, parse_arguments
+from flags import differences, fill_in, parse_arguments
 from training import StopRequest
 
 SCRIPT = Path(__file__).resolve().parent / "train_mamba.py"
@@ -119,12 +119,8 @@ def check(trials: Iterable[Trial]) -> None:
 
 def difference(saved: dict, settings: argparse.Namespace) -> str | None:
     """The first flag in which these settings are not those `saved`, or None: "--lr 0.01 and not 0.02"."""
-    defaults = parse_arguments([])
-    fill_in(defaults)
-    for name, value in vars(settings).items():
-        there = saved.get(name, getattr(defaults, name))  # a flag may be newer than what is saved
-        if name not in MAY_CHANGE_ON_RESUME | {"run_name"} and there != value:
-            return f"--{name.replace('_', '-')} {there} and not {value}"
+    for name, (there, value) in differences(saved, settings).items():
+        return f"--{name.replace('_', '-')} {there} and not {value}"
     return None
 
 

@@ -59,6 +59,7 @@ def main() -> None:
     here = {"machine": timing.machine(device), "jobs": arguments.jobs}
     before = trained_before(output, trials)
     trained = {trial: before.get(trial, here) for trial in trials}
+    reported = name_of_accuracy(arguments)
     done: dict[Trial, Outcome] = {}
     with contextlib.closing(train(trials, len(trials), arguments.jobs)) as outcomes:
         for trial, outcome in outcomes:
@@ -67,10 +68,10 @@ def main() -> None:
             done[trial] = outcome
             result = summary(arguments, done, trained, kept)
             save_json(output, result)
-            alone = summary(arguments, {trial: outcome}, trained)
-            tqdm.write(f"{trial.name}: {outcome.failed or accuracy(alone)}")
+            own = next(run for run in result["runs"] if run["seed"] == trial.settings.seed)
+            tqdm.write(f"{trial.name}: {outcome.failed or in_words(reported, own[reported])}")
     nan = f", {result['nan_runs']} of them ended in NaN" if result["nan_runs"] else ""
-    print(f"{arguments.name}: {accuracy(result)} (seeds: {len(result['runs'])}{nan}), "
+    print(f"{arguments.name}: {in_words(reported, **result[reported])} (seeds: {len(result['runs'])}{nan}), "
           f"{result['training_seconds']:.0f} s of training\nwritten to {output}")
 
 
@@ -128,13 +129,15 @@ def runs_in(file: Path, settings: argparse.Namespace) -> tuple[list[dict], str |
     """
     try:
         older = json.loads(file.read_text(encoding="utf-8"))
-        here = {name: older[name] for name in HERE}  # of all runs, once
-        runs = [here | run for run in older["runs"]]
-        saved = {name: tuple(value) if isinstance(value, list) else value
-                 for name, value in older["settings"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return runs_of(older), difference(older["settings"] | {"seed": settings.seed}, settings)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"no seeds in {file}") from error
-    return runs, difference(saved | {"seed": settings.seed}, settings)
+
+
+def runs_of(result: dict) -> list[dict]:
+    """A result's runs, each with HERE, which older files tell of all of them at once."""
+    here = {name: result[name] for name in HERE}
+    return [here | run for run in result["runs"]]
 
 
 def trained_before(file: Path, trials: Sequence[Trial]) -> dict[Trial, dict]:
@@ -172,9 +175,8 @@ def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], trained: 
 
     The time of an epoch is that of the call that trained the last of them.
     """
-    measured, hidden = "test_accuracy", None
-    if arguments.validation:  # who does not see the test accuracy cannot choose by it
-        measured, hidden = "val_accuracy", "test_accuracy"
+    reported = name_of_accuracy(arguments)
+    hidden = "test_accuracy" if arguments.validation else None  # who does not see it cannot choose by it
     runs = [*kept]
     for trial, outcome in done.items():
         metrics = outcome.epochs[-1] if outcome.epochs else {}
@@ -183,7 +185,7 @@ def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], trained: 
                      "training_seconds": outcome.seconds,
                      "all_evaluation_seconds": outcome.evaluation_seconds, **trained[trial]})
     runs.sort(key=lambda run: run["seed"])
-    accuracies = [run[measured] for run in runs if not run["nan"]]
+    accuracies = [run[reported] for run in runs if not run["nan"]]
     contents = checkpoint.load_good(trial.last)
     with_it = [outcome for other, outcome in done.items() if trained[other] == trained[trial]]
     return {"name": arguments.name, "arguments": arguments.train,
@@ -192,21 +194,24 @@ def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], trained: 
             "parameters": sum(weight.numel() for weight in evaluate.rebuild(contents, "cpu").parameters()),
             "epochs": trial.settings.epochs, "seeds": arguments.seeds, "runs": runs,
             "nan_runs": len(runs) - len(accuracies),
-            measured: {"mean": statistics.mean(accuracies) if accuracies else None,
+            reported: {"mean": statistics.mean(accuracies) if accuracies else None,
                        "std": statistics.stdev(accuracies) if len(accuracies) > 1 else None},
             "seconds_an_epoch": statistics.median([epoch["seconds"] for outcome in with_it
                                                    for epoch in outcome.epochs] or [0]),
             "training_seconds": sum(run["training_seconds"] for run in runs), **trained[trial]}
 
 
-def accuracy(result: dict) -> str:
-    """Mean and deviation of a `summary`, for people."""
-    kind = "test" if "test_accuracy" in result else "validation"
-    found = result.get("test_accuracy") or result["val_accuracy"]
-    if found["mean"] is None:
+def name_of_accuracy(arguments: argparse.Namespace) -> str:
+    """Of the one that is reported, among an epoch's metrics."""
+    return "val_accuracy" if arguments.validation else "test_accuracy"
+
+
+def in_words(name: str, mean: float | None, std: float | None = None) -> str:
+    """That accuracy for people."""
+    if mean is None:
         return "no seed came to its end"
-    deviation = "" if found["std"] is None else f" ± {100 * found['std']:.2f}"
-    return f"{kind} accuracy {100 * found['mean']:.2f}{deviation} %"
+    deviation = "" if std is None else f" ± {100 * std:.2f}"
+    return f"{'validation' if name == 'val_accuracy' else 'test'} accuracy {100 * mean:.2f}{deviation} %"
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules o
 import checkpoint
 import evaluate
 from benchmarks import throughput_imagenet
+from benchmarks.accuracy import runs_of
 from benchmarks.load_test import LOADS, SHIPPED
 from errors import ArgumentParser, UserError, run_script
-from flags import MAY_CHANGE_ON_RESUME, as_flags, fill_in, parse_arguments
+from flags import as_flags, differences, fill_in, parse_arguments
 from presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +103,7 @@ def machine(facts: dict) -> str:
 
 def machines(found: dict) -> str:
     """Those that the seeds of a file of accuracy.py were trained on; the first is that of the times."""
-    facts = [found["machine"], *(run.get("machine", found["machine"]) for run in found["runs"])]
+    facts = [found["machine"], *(run["machine"] for run in runs_of(found))]
     return " / ".join(dict.fromkeys(map(machine, facts)))
 
 
@@ -133,9 +134,9 @@ def accuracies() -> str:
         if not (ROOT / "results" / f"accuracy-{preset}.json").exists():
             continue
         found = result(f"accuracy-{preset}")
-        ended = [run["training_seconds"] for run in found["runs"] if not run["nan"]
-                 and run.get("jobs", found["jobs"]) == found["jobs"]  # or the mean would be of two things
-                 and machine(run.get("machine", found["machine"])) == machine(found["machine"])]
+        ended = [run["training_seconds"] for run in runs_of(found) if not run["nan"]
+                 and run["jobs"] == found["jobs"]  # or the mean would be of two things
+                 and machine(run["machine"]) == machine(found["machine"])]
         seconds = f"{statistics.mean(ended):,.0f} s" if ended else "–"
         seconds += f", {found['jobs']} at once" if found["jobs"] > 1 else ""
         flags = " ".join(flags_today(found["settings"], found["arguments"]))
@@ -182,21 +183,19 @@ def shortest_flags(saved: dict) -> list[str]:
     for preset in PRESETS:
         with contextlib.suppress(UserError):
             lines.append(flags_today(saved, ["--preset", preset]))
-    return min(lines, key=len)
+    return min(lines, key=len, default=None) or flags_today(saved, [])  # which tells why there is none
 
 
 def flags_today(saved: dict, given: list[str]) -> list[str]:
     """The flags `given`, and what must be typed beside them for the `saved` settings: presets change.
 
-    Raises UserError where that cannot be said: no flag gives a setting the value None.
+    Raises UserError where that cannot be said: a flag is gone, or would have to give the value None.
     """
     saved = {name: value for name, value in saved.items() if name != "preset"}  # there may be no such today
-    kept = vars(parse_arguments([], saved))  # flags newer than the run at their defaults
+    kept = vars(parse_arguments([], saved))
     settings = parse_arguments(given)
     fill_in(settings)
-    typed = {name: value for name, value in kept.items()
-             if name not in MAY_CHANGE_ON_RESUME | {"run_name", "preset"}
-             and value != getattr(settings, name)}
+    typed = {name: there for name, (there, _) in differences(kept, settings).items() if name != "preset"}
     if unsaid := [name for name, value in typed.items() if value is None]:
         raise UserError(f"what ran without {unsaid[0]} cannot be said by {' '.join(given)}, which sets it")
     return [*given, *(word.replace("=", " ", 1) for word in as_flags(typed))]

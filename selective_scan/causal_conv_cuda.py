@@ -2,10 +2,10 @@
 
 A program owns one batch item, BLOCK channels and SEGMENT steps. With few taps it reads each input once and
 has all it needs in registers: the backward computes the convolution again for the slope of SiLU, also for the
-w−1 steps after its own, to which its inputs contributed. With many (the `wide_` kernels) registers would not
-hold that, and a compiler takes minutes to find it out: a loop reads what GROUP of the taps need, most of it
-from the cache, and the backward writes the convolution's gradient ∂s to memory before it goes on. Gradients
-of the weights are summed over programs in a fixed order.
+w−1 steps after its own, to which its inputs contributed. With many, registers would not hold that, and a
+compiler takes minutes to find it out: a loop reads what GROUP of the taps need, most of it from the cache,
+and the backward writes the convolution's gradient ∂s to memory before it goes on (`wide_backward_kernel`).
+Gradients of the weights are summed over programs in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,24 +29,30 @@ def sigmoid(x):
 
 
 @triton.jit
-def place(channels: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's channels, and which of the segments of all batch items is its own.
+def place(segments, channels: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's channels, its batch item, its first step, and which it is of all segments of all items.
 
-    Both from one axis of programs, because the others have 65,535 at most.
+    From one axis of programs, because the others have 65,535 at most.
     """
     BLOCKS: tl.constexpr = (channels + BLOCK - 1) // BLOCK
-    return tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK), tl.program_id(0) // BLOCKS
+    e, program = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK), tl.program_id(0) // BLOCKS
+    return e, (program // segments).to(tl.int64), program % segments * SEGMENT, program.to(tl.int64)
 
 
 @triton.jit
-def load_weights(weight, bias, e, inside, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr):
+def load_taps(weight, first, w_e: tl.constexpr, w_k: tl.constexpr, e, inside, COUNT: tl.constexpr):
+    """COUNT successive taps as float32; w_e and w_k are the weight's strides over channels and taps."""
     taps = ()
-    for k in tl.static_range(TAPS):
-        taps += (tl.load(weight + e * TAPS + k, mask=inside, other=0.0).to(tl.float32),)
-    shift = (e * 0).to(tl.float32)
+    for k in tl.static_range(COUNT):
+        taps += (tl.load(weight + e * w_e + (first + k) * w_k, mask=inside, other=0.0).to(tl.float32),)
+    return taps
+
+
+@triton.jit
+def load_bias(bias, e, inside, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
-        shift = tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
-    return taps, shift
+        return tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
+    return (e * 0).to(tl.float32)
 
 
 @triton.jit
@@ -60,78 +66,18 @@ def load_steps(pointer, stride: tl.constexpr, first, length, e, inside, STEPS: t
 
 
 @triton.jit
-def forward_kernel(x, weight, bias, out, length, segments, x_b, x_l: tl.constexpr, channels: tl.constexpr,
-                   TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
-    e, program = place(channels, BLOCK)
-    b = (program // segments).to(tl.int64)
-    first = program % segments * SEGMENT
-    inside = e < channels
-    taps, shift = load_weights(weight, bias, e, inside, TAPS, HAS_BIAS)
-    begin = b * 0 + first - (TAPS - 1)
-    xs = load_steps(x + b * x_b + begin * x_l, x_l, first - (TAPS - 1), length, e, inside, SEGMENT + TAPS - 1)
-    out += (b * length + first) * channels
-    for i in tl.static_range(SEGMENT):
-        s = shift
-        for k in tl.static_range(TAPS):
-            s += taps[k] * xs[i + k]
-        tl.store(out + i * channels + e, (s * sigmoid(s)).to(out.dtype.element_ty),
-                 mask=inside & (e * 0 + first + i < length))
+def repeat(value, COUNT: tl.constexpr):
+    values = ()
+    for _ in tl.static_range(COUNT):
+        values += (value,)
+    return values
 
 
 @triton.jit
-def backward_kernel(dout, x, weight, bias, dx, sums, length, segments, dout_b, dout_l: tl.constexpr, x_b,
-                    x_l: tl.constexpr, dx_b, dx_l: tl.constexpr, channels: tl.constexpr, TAPS: tl.constexpr,
-                    HAS_BIAS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
-    """With s the convolution: ∂x_t = Σ_k weight_k ∂s_{t+w−1−k},  ∂weight_k = Σ_t ∂s_t x_{t−w+1+k}."""
-    e, program = place(channels, BLOCK)
-    b = (program // segments).to(tl.int64)
-    first = program % segments * SEGMENT
-    inside = e < channels
-    taps, shift = load_weights(weight, bias, e, inside, TAPS, HAS_BIAS)
-    begin = b * 0 + first
-    xs = load_steps(x + b * x_b + (begin - (TAPS - 1)) * x_l, x_l, first - (TAPS - 1), length, e, inside,
-                    SEGMENT + 2 * (TAPS - 1))
-    douts = load_steps(dout + b * dout_b + begin * dout_l, dout_l, first, length, e, inside,
-                       SEGMENT + TAPS - 1)
-    dss = ()
-    for i in tl.static_range(SEGMENT + TAPS - 1):
-        s = shift
-        for k in tl.static_range(TAPS):
-            s += taps[k] * xs[i + k]
-        gate = sigmoid(s)
-        dss += (douts[i] * gate * (1.0 + s * (1.0 - gate)),)
-    dx += b * dx_b + begin * dx_l
-    for i in tl.static_range(SEGMENT):
-        dx_t = (e * 0).to(tl.float32)
-        for k in tl.static_range(TAPS):
-            dx_t += taps[k] * dss[i + TAPS - 1 - k]
-        tl.store(dx + i * dx_l + e, dx_t.to(dx.dtype.element_ty), mask=inside & (e * 0 + first + i < length))
-    sums += program.to(tl.int64) * (TAPS + 1) * channels
-    for k in tl.static_range(TAPS):
-        total = (e * 0).to(tl.float32)
-        for i in tl.static_range(SEGMENT):
-            total += dss[i] * xs[i + k]
-        tl.store(sums + e * TAPS + k, total, mask=inside)
-    total = (e * 0).to(tl.float32)
-    for i in tl.static_range(SEGMENT):
-        total += dss[i]
-    tl.store(sums + TAPS * channels + e, total, mask=inside)
-
-
-@triton.jit
-def load_taps(weight, first, channels: tl.constexpr, e, inside, COUNT: tl.constexpr):
-    """COUNT successive taps of weight (taps, channels) as float32."""
-    taps = ()
-    for k in tl.static_range(COUNT):
-        taps += (tl.load(weight + (first + k) * channels + e, mask=inside, other=0.0).to(tl.float32),)
-    return taps
-
-
-@triton.jit
-def add_taps(sums, taps, steps, SEGMENT: tl.constexpr, COUNT: tl.constexpr):
-    """sums_i + Σ_k taps_k steps_{i+k}, for each i."""
+def correlate(sums, taps, steps, OUT: tl.constexpr, COUNT: tl.constexpr):
+    """sums_i + Σ_k taps_k steps_{i+k}, for OUT of them, with COUNT taps."""
     added = ()
-    for i in tl.static_range(SEGMENT):
+    for i in tl.static_range(OUT):
         s = sums[i]
         for k in tl.static_range(COUNT):
             s += taps[k] * steps[i + k]
@@ -140,160 +86,186 @@ def add_taps(sums, taps, steps, SEGMENT: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def wide_kernel(x, weight, bias, dout, out, length, segments, x_b, x_l: tl.constexpr, dout_b,
-                dout_l: tl.constexpr, channels: tl.constexpr, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
-                SLOPE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """silu(s) of the convolution s or, with SLOPE, ∂s = ∂out silu'(s). weight is (taps, channels)."""
-    e, program = place(channels, BLOCK)
-    b = (program // segments).to(tl.int64)
-    first = program % segments * SEGMENT
+def backwards(taps, COUNT: tl.constexpr):
+    turned = ()
+    for k in tl.static_range(COUNT):
+        turned += (taps[COUNT - 1 - k],)
+    return turned
+
+
+@triton.jit
+def silu_gradient(dout, s):
+    """∂s from ∂silu(s)."""
+    gate = sigmoid(s)
+    return dout * gate * (1.0 + s * (1.0 - gate))
+
+
+@triton.jit
+def add_taps(sums, x, weight, k, b, first, length, e, inside, x_l: tl.constexpr, w_e: tl.constexpr,
+             w_k: tl.constexpr, TAPS: tl.constexpr, SEGMENT: tl.constexpr, COUNT: tl.constexpr):
+    """The convolution's sums with what COUNT taps from k on add to them."""
+    oldest = first - (TAPS - 1) + k
+    taps = load_taps(weight, k, w_e, w_k, e, inside, COUNT)
+    xs = load_steps(x + (b * 0 + oldest) * x_l, x_l, oldest, length, e, inside, SEGMENT + COUNT - 1)
+    return correlate(sums, taps, xs, SEGMENT, COUNT)
+
+
+@triton.jit
+def forward_kernel(x, weight, bias, dout, out, length, segments, x_b, x_l: tl.constexpr, dout_b,
+                   dout_l: tl.constexpr, w_e: tl.constexpr, w_k: tl.constexpr, channels: tl.constexpr,
+                   TAPS: tl.constexpr, HAS_BIAS: tl.constexpr, SLOPE: tl.constexpr, SEGMENT: tl.constexpr,
+                   BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """silu(s) of the convolution s or, with SLOPE, ∂s = ∂out silu'(s)."""
+    e, b, first, _ = place(segments, channels, SEGMENT, BLOCK)
     inside = e < channels
-    shift = (e * 0).to(tl.float32)
-    if HAS_BIAS:
-        shift = tl.load(bias + e, mask=inside, other=0.0).to(tl.float32)
-    sums = ()
-    for _ in tl.static_range(SEGMENT):
-        sums += (shift,)
+    sums = repeat(load_bias(bias, e, inside, HAS_BIAS), SEGMENT)
     x += b * x_b
-    oldest = first - (TAPS - 1)
     for k in range(0, TAPS // GROUP * GROUP, GROUP):
-        taps = load_taps(weight, k, channels, e, inside, GROUP)
-        at = b * 0 + oldest + k
-        xs = load_steps(x + at * x_l, x_l, oldest + k, length, e, inside, SEGMENT + GROUP - 1)
-        sums = add_taps(sums, taps, xs, SEGMENT, GROUP)
+        sums = add_taps(sums, x, weight, k, b, first, length, e, inside, x_l, w_e, w_k, TAPS, SEGMENT, GROUP)
     REST: tl.constexpr = TAPS % GROUP
     if REST > 0:
-        taps = load_taps(weight, TAPS - REST, channels, e, inside, REST)
-        at = b * 0 + oldest + TAPS - REST
-        xs = load_steps(x + at * x_l, x_l, oldest + TAPS - REST, length, e, inside, SEGMENT + REST - 1)
-        sums = add_taps(sums, taps, xs, SEGMENT, REST)
-    dout += b * dout_b
+        sums = add_taps(sums, x, weight, TAPS - REST, b, first, length, e, inside, x_l, w_e, w_k, TAPS,
+                        SEGMENT, REST)
+    dout += b * dout_b + (b * 0 + first) * dout_l
     out += (b * length + first) * channels
     for i in tl.static_range(SEGMENT):
         there = inside & (e * 0 + first + i < length)
-        gate = sigmoid(sums[i])
         if SLOPE:
-            y = tl.load(dout + (b * 0 + first + i) * dout_l + e, mask=there, other=0.0).to(tl.float32)
-            y *= gate * (1.0 + sums[i] * (1.0 - gate))
+            y = tl.load(dout + i * dout_l + e, mask=there, other=0.0).to(tl.float32)
+            y = silu_gradient(y, sums[i])
         else:
-            y = sums[i] * gate
+            y = sums[i] * sigmoid(sums[i])
         tl.store(out + i * channels + e, y.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
-def add_gradients(ds, x, weight, sums, dx, own, k, b, first, length, e, inside, x_l: tl.constexpr,
-                  channels: tl.constexpr, TAPS: tl.constexpr, SEGMENT: tl.constexpr, COUNT: tl.constexpr):
-    """What COUNT taps from k on add to ∂x; their ∂weight, of this segment, is stored."""
-    taps = load_taps(weight, k, channels, e, inside, COUNT)
-    oldest = first - (TAPS - 1) + k
+def store_steps(pointer, steps, stride: tl.constexpr, first, length, e, inside, STEPS: tl.constexpr):
+    for i in tl.static_range(STEPS):
+        tl.store(pointer + i * stride + e, steps[i].to(pointer.dtype.element_ty),
+                 mask=inside & (e * 0 + first + i < length))
+
+
+@triton.jit
+def store_sum(sums, steps, e, inside, STEPS: tl.constexpr):
+    """∂bias, of this segment."""
+    total = (e * 0).to(tl.float32)
+    for i in tl.static_range(STEPS):
+        total += steps[i]
+    tl.store(sums + e, total, mask=inside)
+
+
+@triton.jit
+def backward_kernel(dout, x, weight, bias, dx, sums, length, segments, dout_b, dout_l: tl.constexpr, x_b,
+                    x_l: tl.constexpr, dx_b, dx_l: tl.constexpr, w_e: tl.constexpr, w_k: tl.constexpr,
+                    channels: tl.constexpr, TAPS: tl.constexpr, HAS_BIAS: tl.constexpr,
+                    SEGMENT: tl.constexpr, BLOCK: tl.constexpr):
+    """With s the convolution: ∂x_t = Σ_k weight_k ∂s_{t+w−1−k},  ∂weight_k = Σ_t ∂s_t x_{t−w+1+k}."""
+    e, b, first, program = place(segments, channels, SEGMENT, BLOCK)
+    inside = e < channels
+    taps = load_taps(weight, 0, w_e, w_k, e, inside, TAPS)
+    begin = b * 0 + first
+    REACHED: tl.constexpr = SEGMENT + TAPS - 1  # steps to which the segment's inputs contribute
+    xs = load_steps(x + b * x_b + (begin - (TAPS - 1)) * x_l, x_l, first - (TAPS - 1), length, e, inside,
+                    REACHED + TAPS - 1)
+    douts = load_steps(dout + b * dout_b + begin * dout_l, dout_l, first, length, e, inside, REACHED)
+    s = correlate(repeat(load_bias(bias, e, inside, HAS_BIAS), REACHED), taps, xs, REACHED, TAPS)
+    dss = ()
+    for i in tl.static_range(REACHED):
+        dss += (silu_gradient(douts[i], s[i]),)
+    zero = (e * 0).to(tl.float32)
+    dxs = correlate(repeat(zero, SEGMENT), backwards(taps, TAPS), dss, SEGMENT, TAPS)
+    store_steps(dx + b * dx_b + begin * dx_l, dxs, dx_l, first, length, e, inside, SEGMENT)
+    sums += program * (TAPS + 1) * channels
+    dtaps = correlate(repeat(zero, TAPS), dss, xs, TAPS, SEGMENT)
+    for k in tl.static_range(TAPS):
+        tl.store(sums + e * w_e + k * w_k, dtaps[k], mask=inside)
+    store_sum(sums + TAPS * channels, dss, e, inside, SEGMENT)
+
+
+@triton.jit
+def add_gradients(dxs, ds, x, weight, sums, own, k, b, first, length, e, inside, x_l: tl.constexpr,
+                  w_e: tl.constexpr, w_k: tl.constexpr, channels: tl.constexpr, TAPS: tl.constexpr,
+                  SEGMENT: tl.constexpr, COUNT: tl.constexpr):
+    """∂x with what COUNT taps from k on add to it; their ∂weight, of this segment, is stored."""
+    oldest, newest = first - (TAPS - 1) + k, first + TAPS - COUNT - k
     xs = load_steps(x + (b * 0 + oldest) * x_l, x_l, oldest, length, e, inside, SEGMENT + COUNT - 1)
+    dtaps = correlate(repeat((e * 0).to(tl.float32), COUNT), own, xs, COUNT, SEGMENT)
     for j in tl.static_range(COUNT):
-        total = (e * 0).to(tl.float32)
-        for i in tl.static_range(SEGMENT):
-            total += own[i] * xs[i + j]
-        tl.store(sums + (k + j) * channels + e, total, mask=inside)
-    newest = first + TAPS - COUNT - k
+        tl.store(sums + e * w_e + (k + j) * w_k, dtaps[j], mask=inside)
+    taps = load_taps(weight, k, w_e, w_k, e, inside, COUNT)
     dss = load_steps(ds + (b * 0 + newest) * channels, channels, newest, length, e, inside,
                      SEGMENT + COUNT - 1)
-    backwards = ()
-    for j in tl.static_range(COUNT):
-        backwards += (taps[COUNT - 1 - j],)
-    return add_taps(dx, backwards, dss, SEGMENT, COUNT)
+    return correlate(dxs, backwards(taps, COUNT), dss, SEGMENT, COUNT)
 
 
 @triton.jit
 def wide_backward_kernel(ds, x, weight, dx, sums, length, segments, x_b, x_l: tl.constexpr, dx_b,
-                         dx_l: tl.constexpr, channels: tl.constexpr, TAPS: tl.constexpr,
-                         SEGMENT: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """From ∂s of all steps ∂x and, of this segment, the sums for ∂weight (taps, channels) and ∂bias."""
-    e, program = place(channels, BLOCK)
-    b = (program // segments).to(tl.int64)
-    first = program % segments * SEGMENT
+                         dx_l: tl.constexpr, w_e: tl.constexpr, w_k: tl.constexpr, channels: tl.constexpr,
+                         TAPS: tl.constexpr, SEGMENT: tl.constexpr, BLOCK: tl.constexpr,
+                         GROUP: tl.constexpr):
+    """`backward_kernel` from ∂s of all steps."""
+    e, b, first, program = place(segments, channels, SEGMENT, BLOCK)
     inside = e < channels
     x += b * x_b
     ds += b * length * channels
-    sums += program.to(tl.int64) * (TAPS + 1) * channels
+    sums += program * (TAPS + 1) * channels
     own = load_steps(ds + (b * 0 + first) * channels, channels, first, length, e, inside, SEGMENT)
-    total = (e * 0).to(tl.float32)
-    dxs = ()
-    for i in tl.static_range(SEGMENT):
-        total += own[i]
-        dxs += ((e * 0).to(tl.float32),)
-    tl.store(sums + TAPS * channels + e, total, mask=inside)
+    store_sum(sums + TAPS * channels, own, e, inside, SEGMENT)
+    dxs = repeat((e * 0).to(tl.float32), SEGMENT)
     for k in range(0, TAPS // GROUP * GROUP, GROUP):
-        dxs = add_gradients(ds, x, weight, sums, dxs, own, k, b, first, length, e, inside, x_l, channels,
-                            TAPS, SEGMENT, GROUP)
+        dxs = add_gradients(dxs, ds, x, weight, sums, own, k, b, first, length, e, inside, x_l, w_e, w_k,
+                            channels, TAPS, SEGMENT, GROUP)
     REST: tl.constexpr = TAPS % GROUP
     if REST > 0:
-        dxs = add_gradients(ds, x, weight, sums, dxs, own, TAPS - REST, b, first, length, e, inside, x_l,
-                            channels, TAPS, SEGMENT, REST)
-    dx += b * dx_b + (b * 0 + first) * dx_l
-    for i in tl.static_range(SEGMENT):
-        tl.store(dx + i * dx_l + e, dxs[i].to(dx.dtype.element_ty),
-                 mask=inside & (e * 0 + first + i < length))
+        dxs = add_gradients(dxs, ds, x, weight, sums, own, TAPS - REST, b, first, length, e, inside, x_l,
+                            w_e, w_k, channels, TAPS, SEGMENT, REST)
+    store_steps(dx + b * dx_b + (b * 0 + first) * dx_l, dxs, dx_l, first, length, e, inside, SEGMENT)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(b, l, e) in x's dtype."""
-    x, weight, bias = _rows(x), weight.contiguous(), bias if bias is None else bias.contiguous()
-    if weight.shape[-1] > FEW:
-        return _wide(x, _taps_first(weight), bias, None)
-    b, l, e = x.shape
-    out = torch.empty(b, l, e, device=x.device, dtype=x.dtype)
-    segments = triton.cdiv(l, SEGMENT)
-    forward_kernel[(triton.cdiv(e, BLOCK) * b * segments,)](
-        x, weight, weight if bias is None else bias, out, l, segments, *x.stride()[:2], e,
-        TAPS=weight.shape[-1], HAS_BIAS=bias is not None, SEGMENT=SEGMENT, BLOCK=BLOCK, num_warps=2)
-    return out
+    return _convolve(_rows(x), _layout(weight), bias, None)
 
 
 def backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
              dx: Tensor) -> tuple[Tensor, Tensor]:
     """Writes the gradient of x to `dx` and returns those of weight (e, 1, w) and bias (e,), float32."""
-    dout, x, weight = _rows(dout), _rows(x), weight.contiguous()
-    bias = bias if bias is None else bias.contiguous()
-    b, l, e = x.shape
-    taps, segments = weight.shape[-1], triton.cdiv(l, SEGMENT)
-    if taps > FEW:
-        weight = _taps_first(weight)
-        return _wide_backward(_wide(x, weight, bias, dout), x, weight, dx)
+    dout, x, weight = _rows(dout), _rows(x), _layout(weight)
+    (b, l, e), taps = x.shape, weight.shape[1]
+    segments = triton.cdiv(l, SEGMENT)
     sums = torch.empty(b * segments, (taps + 1) * e, device=x.device)
-    backward_kernel[(triton.cdiv(e, BLOCK) * b * segments,)](
-        dout, x, weight, weight if bias is None else bias, dx, sums, l, segments, *dout.stride()[:2],
-        *x.stride()[:2], *dx.stride()[:2], e, TAPS=taps, HAS_BIAS=bias is not None, SEGMENT=SEGMENT,
-        BLOCK=BLOCK, num_warps=2)
+    grid = (triton.cdiv(e, BLOCK) * b * segments,)
+    if taps > FEW:
+        wide_backward_kernel[grid](
+            _convolve(x, weight, bias, dout), x, weight, dx, sums, l, segments, *x.stride()[:2],
+            *dx.stride()[:2], *weight.stride(), e, TAPS=taps, SEGMENT=SEGMENT, BLOCK=BLOCK, GROUP=GROUP,
+            num_warps=2)
+    else:
+        backward_kernel[grid](
+            dout, x, weight, weight if bias is None else bias.contiguous(), dx, sums, l, segments,
+            *dout.stride()[:2], *x.stride()[:2], *dx.stride()[:2], *weight.stride(), e, TAPS=taps,
+            HAS_BIAS=bias is not None, SEGMENT=SEGMENT, BLOCK=BLOCK, num_warps=2)
     dweight, dbias = sum_rows(sums, taps * e)
-    return dweight.view(e, 1, taps), dbias
+    return dweight.as_strided(weight.shape, weight.stride()).unsqueeze(1), dbias
 
 
-def _wide(x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor | None) -> Tensor:
-    """silu(s) of the convolution s with weight (w, e), in x's dtype; or, given ∂silu(s), ∂s, float32."""
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, dout: Tensor | None) -> Tensor:
+    """silu(s) of the convolution s, in x's dtype; or, given ∂silu(s), ∂s, float32."""
     b, l, e = x.shape
     segments = triton.cdiv(l, SEGMENT)
     out = torch.empty(b, l, e, device=x.device, dtype=x.dtype if dout is None else torch.float32)
     slope = x if dout is None else dout
-    wide_kernel[(triton.cdiv(e, BLOCK) * b * segments,)](
-        x, weight, weight if bias is None else bias, slope, out, l, segments, *x.stride()[:2],
-        *slope.stride()[:2], e, TAPS=len(weight), HAS_BIAS=bias is not None, SLOPE=dout is not None,
-        SEGMENT=SEGMENT, BLOCK=BLOCK, GROUP=GROUP, num_warps=2)
+    forward_kernel[(triton.cdiv(e, BLOCK) * b * segments,)](
+        x, weight, weight if bias is None else bias.contiguous(), slope, out, l, segments, *x.stride()[:2],
+        *slope.stride()[:2], *weight.stride(), e, TAPS=weight.shape[1], HAS_BIAS=bias is not None,
+        SLOPE=dout is not None, SEGMENT=SEGMENT, BLOCK=BLOCK, GROUP=GROUP, num_warps=2)
     return out
 
 
-def _wide_backward(ds: Tensor, x: Tensor, weight: Tensor, dx: Tensor) -> tuple[Tensor, Tensor]:
-    """What `backward` does, from ∂s (b, l, e) and weight (w, e)."""
-    b, l, e = x.shape
-    taps, segments = len(weight), triton.cdiv(l, SEGMENT)
-    sums = torch.empty(b * segments, (taps + 1) * e, device=x.device)
-    wide_backward_kernel[(triton.cdiv(e, BLOCK) * b * segments,)](
-        ds, x, weight, dx, sums, l, segments, *x.stride()[:2], *dx.stride()[:2], e, TAPS=taps,
-        SEGMENT=SEGMENT, BLOCK=BLOCK, GROUP=GROUP, num_warps=2)
-    dweight, dbias = sum_rows(sums, taps * e)
-    return dweight.view(taps, e).T.unsqueeze(1), dbias
-
-
-def _taps_first(weight: Tensor) -> Tensor:
-    """(e, 1, w) → (w, e): the weights of one tap adjacent."""
-    return weight.squeeze(1).T.contiguous()
+def _layout(weight: Tensor) -> Tensor:
+    """(e, 1, w) → (e, w), as the kernels read it fastest: of many taps, those of one step adjacent."""
+    weight = weight.squeeze(1)
+    return weight.T.contiguous().T if weight.shape[1] > FEW else weight.contiguous()
 
 
 def _rows(tensor: Tensor) -> Tensor:

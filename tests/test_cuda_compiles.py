@@ -18,7 +18,7 @@ from selective_scan.dispatch import HAS_TRITON
 GENERATIONS = {75: "Turing", 80: "Ampere", 90: "Hopper"}
 KERNELS = {"cuda": {"forward_kernel", "segment_kernel", "carry_kernel", "backward_kernel",
                     "sum_weights_kernel", "sum_projected_kernel"},
-           "causal_conv_cuda": {"forward_kernel", "backward_kernel", "wide_kernel", "wide_backward_kernel"}}
+           "causal_conv_cuda": {"forward_kernel", "backward_kernel", "wide_backward_kernel"}}
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
