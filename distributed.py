@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -57,6 +58,9 @@ def processes() -> Iterator[None]:
             THE_WORD.acquire()
         raise UserError("another process of this run has ended, so this one ends, too; mend what it says and "
                         "go on with --resume") from error
+    # DistributedDataParallel refers to itself, and what it holds of the group keeps gloo's threads alive. At
+    # the interpreter's end they could take the process down, by SIGABRT.
+    gc.collect()
     dist.destroy_process_group()
 
 
