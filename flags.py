@@ -133,6 +133,9 @@ def argument_parser() -> ArgumentParser:
         help="mirror training images at random, unless --augment is none (None: for fashion-mnist and CIFAR)")
     add("--augment-strength", type=non_negative_float, metavar="FACTOR", default=1.0,
         help="multiplies the range of all these movements")
+    add("--augment-fade", type=share, metavar="SHARE", default=0.0,
+        help="the last share of all steps in which that factor falls to 0, so that training ends with images "
+        "as they are; 0.3, say (0: it never falls; streamed images: neither)")
     add("--erase", type=fraction, metavar="RATE", default=0.0,
         help="fraction of the training images that lose a random rectangle")
     add("--ema", type=fraction, metavar="DECAY", default=0.0,
@@ -184,6 +187,7 @@ positive_int = number(int, "a whole number from 1 to a billion", lambda value: 1
 positive_float = number(float, "a number above 0", lambda value: 0 < value < math.inf)
 non_negative_float = number(float, "a number from 0 on", lambda value: 0 <= value < math.inf)
 fraction = number(float, "a number from 0 to below 1", lambda value: 0 <= value < 1)
+share = number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 whole = number(int, "a whole number from 0 to a billion", lambda value: 0 <= value <= 10**9)
 power_of_two = number(int, "a power of two: 1, 2, 4, ...", lambda value: value in {2**i for i in range(16)})
 interval = number(str, "steps, such as 500, or seconds, such as 300s",
