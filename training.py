@@ -30,6 +30,7 @@ import rng
 from captured import CapturedStep
 from errors import UserError
 from run_log import RunLog
+from teachers import Teachers
 
 GRADIENT_NORM = 1.0     # gradients are clipped to this Euclidean norm
 LAST_LR = 0.01          # the cosine ends at this fraction of the peak
@@ -56,6 +57,8 @@ class Training:
         amp = settings.amp if settings.amp != "auto" else "bf16" if device.type == "cuda" else "off"
         self.amp_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.teachers = Teachers(settings.teachers.split(","), dataset, device, settings.train_on_all
+                                 ) if settings.teachers else None
         self.steps_an_epoch = data.num_batches(dataset.train, settings.batch_size)
         self.epoch = 0           # epochs finished
         self.step = 0            # steps finished, of all epochs
@@ -168,9 +171,10 @@ class Training:
         images = augment.normalize(images, self.dataset.mean, self.dataset.std)
         part = distributed.part(len(labels))
         labels = labels[part.images]
+        images = images if self.dataset.streamed else images[part.images]
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            logits = self.network(images if self.dataset.streamed else images[part.images])
-            loss = F.cross_entropy(logits, labels)
+            logits = self.network(images)
+            loss = F.cross_entropy(logits, labels if self.teachers is None else self.teachers(images))
         self.optimizer.zero_grad()
         self.scaler.scale(part.loss(loss)).backward()
         self.scaler.unscale_(self.optimizer)
