@@ -140,9 +140,9 @@ def argument_parser() -> ArgumentParser:
         help="fraction of the training images that lose a random rectangle")
     add("--ema", type=fraction, metavar="DECAY", default=0.0,
         help="evaluate and keep the exponential moving average of the weights, 0.999 say (0: the weights)")
-    add("--teachers", metavar="PATH,PATH", default=None,
-        help="checkpoints of trained networks: learn the mean of their probabilities for each augmented "
-        "image instead of its label (None: the label)")
+    add("--mean-teacher", type=share, metavar="SHARE", default=0.0,
+        help="with --ema: how much of what is learnt of an image is what the averaged weights say of it, "
+        "instead of its label; 0.5, say")
     add("--seed", type=seed, metavar="N", default=0, help="of weights, order and augmentation")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
         help="auto is CUDA where there is one, else the CPU")

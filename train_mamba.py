@@ -119,6 +119,8 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     if settings.batch_size < distributed.size():
         raise UserError(f"--batch-size {settings.batch_size} is less than an image for each of the "
                         f"{distributed.size()} processes, which share it; use at least {distributed.size()}")
+    if settings.mean_teacher and not settings.ema:
+        raise UserError("--mean-teacher teaches what averaged weights say; add --ema, 0.999 say")
     random.seed(settings.seed)
     np.random.seed(settings.seed)
     torch.manual_seed(settings.seed)

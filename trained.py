@@ -35,15 +35,14 @@ class TrainedModel:
         contents = checkpoint.load(path)
         self.path, self.device = path, device
         self.config: dict = contents["config"]
-        self.settings: dict = contents["settings"]
         self.architecture, self.epoch = contents["architecture"], contents["epoch"]
         self.model: nn.Module = evaluate.rebuild(contents, device)
         try:
             self.dataset_name = contents["dataset"]["name"]
             self.classes, self.mean, self.std = (tuple(contents["dataset"][key])
                                                  for key in ("classes", "mean", "std"))
-            self.run_name = str(self.settings.get("run_name") or path.stem)
-            self.data_dir = Path(data_dir or self.settings.get("data_dir") or "data")
+            self.run_name = str(contents["settings"].get("run_name") or path.stem)
+            self.data_dir = Path(data_dir or contents["settings"].get("data_dir") or "data")
             self.entry = data.DATASETS[self.dataset_name]
             size = self.entry.image_size  # of checkpoints that were saved without a shape
             channels, *size = contents["dataset"].get("shape", (self.entry.in_channels, size, size))

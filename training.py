@@ -30,7 +30,6 @@ import rng
 from captured import CapturedStep
 from errors import UserError
 from run_log import RunLog
-from teachers import Teachers
 
 GRADIENT_NORM = 1.0     # gradients are clipped to this Euclidean norm
 LAST_LR = 0.01          # the cosine ends at this fraction of the peak
@@ -57,8 +56,6 @@ class Training:
         amp = settings.amp if settings.amp != "auto" else "bf16" if device.type == "cuda" else "off"
         self.amp_dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-        self.teachers = Teachers(settings.teachers.split(","), dataset, device, settings.train_on_all
-                                 ) if settings.teachers else None
         self.steps_an_epoch = data.num_batches(dataset.train, settings.batch_size)
         self.epoch = 0           # epochs finished
         self.step = 0            # steps finished, of all epochs
@@ -174,7 +171,7 @@ class Training:
         images = images if self.dataset.streamed else images[part.images]
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             logits = self.network(images)
-            loss = F.cross_entropy(logits, labels if self.teachers is None else self.teachers(images))
+            loss = F.cross_entropy(logits, self.targets(images, labels))
         self.optimizer.zero_grad()
         self.scaler.scale(part.loss(loss)).backward()
         self.scaler.unscale_(self.optimizer)
@@ -187,6 +184,18 @@ class Training:
         sums = part.total(torch.stack([loss.detach() * len(labels), hits]).to(self.sums.dtype))
         self.sums += sums
         return sums[0], norm
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, labels: Tensor) -> Tensor:
+        """What the network is to say of images (b, C, H, W): the labels (b,), or probabilities (b, K).
+
+        These are the labels' and, by the share settings.mean_teacher, those of the averaged weights (arXiv
+        1703.01780), which err less than the weights of the moment.
+        """
+        if not self.settings.mean_teacher:
+            return labels
+        said = self.averaged(images).float().softmax(dim=-1)
+        return torch.lerp(F.one_hot(labels, said.shape[1]).float(), said, self.settings.mean_teacher)
 
     def set_rates(self) -> None:
         """Give optimiser, average and augmentation the rates and the strength of the step to come."""

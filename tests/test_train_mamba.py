@@ -223,18 +223,6 @@ def test_every_kind_of_run_trains(options, train, tmp_path, request):
     assert all(math.isfinite(value) for value in read_metrics(tmp_path)[0].values())
 
 
-@pytest.mark.usefixtures("undrawn")
-def test_a_run_taught_by_another_is_resumed_to_the_bit(train, whole, tmp_path):
-    taught = [*SMALL, "--teachers", f"{whole}/checkpoints/run.pt", "--limit-train", 200]
-    assert train(*taught, "--run-name", "whole").status == 0
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt_step(patch, 9)
-        assert train(*taught, "--run-name", "cut").status == 130
-    assert train("--resume", "checkpoints/cut.last.pt").status == 0
-    ends = (checkpoint.load(tmp_path / "checkpoints" / f"{run}.last.pt")["model"] for run in ("whole", "cut"))
-    assert_same(*ends, "model")
-
-
 # ---- Stopping and going on
 
 
@@ -361,7 +349,7 @@ def test_ctrl_c_before_training_is_one_line_and_writes_nothing(train, tmp_path, 
 
 
 AVERAGED = ["--epochs", 3, "--limit-train", 200, "--train-on-all", "--ema", 0.9, "--augment", "elastic",
-            "--augment-fade", 0.5, "--drop-path", 0.2]
+            "--augment-fade", 0.5, "--mean-teacher", 0.5, "--drop-path", 0.2]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -386,11 +374,11 @@ def test_the_average_is_resumed_to_the_bit_and_the_test_set_waits_for_the_last_e
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("number", [2, STEPS, STEPS + 20], ids="step {}".format)
-def test_a_captured_run_is_resumed_to_the_bit(number, train, whole, tmp_path, monkeypatch):
+def test_a_captured_run_is_resumed_to_the_bit(number, train, tmp_path, monkeypatch):
     """In bf16: stopped before the capture, after an epoch's smaller last batch, and between replays."""
     settings = [*SMALL, "--device", "cuda", "--amp", "bf16", "--augment", "elastic", "--augment-fade", 0.5,
-                "--erase", 0.25, "--drop-path", 0.2, "--ema", 0.9, "--run-name", "run",
-                "--teachers", f"{whole}/checkpoints/run.pt"]
+                "--erase", 0.25, "--drop-path", 0.2, "--ema", 0.9, "--mean-teacher", 0.5,
+                "--run-name", "run"]
     replays, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
     folders = ["--runs-dir", "whole/runs", "--checkpoints-dir", "whole/checkpoints"]
@@ -479,7 +467,8 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
     ("--dataset cats", "--dataset: invalid choice"),
     ("--augment shake", "--augment: invalid choice"),
     ("--augment-strength -1", "--augment-strength"),
-    ("--dataset digits --teachers nobody.pt", "nobody.pt"),
+    ("--mean-teacher 1.1 --ema 0.9", "--mean-teacher: must be a number from 0 to 1"),
+    ("--dataset digits --mean-teacher 0.5", "add --ema"),
     ("--augment-fade 1.1", "--augment-fade: must be a number from 0 to 1"),
     ("--erase 1", "--erase: must be a number from 0 to below 1"),
     ("--ema 1", "--ema"),

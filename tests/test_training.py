@@ -61,6 +61,29 @@ def test_the_augmentation_fades_over_the_share_that_is_asked_for(training, monke
         assert strengths == pytest.approx([1, (1 + end) / 2, end])
 
 
+def test_a_mean_teacher_has_its_share_of_what_is_to_be_said(training, monkeypatch):
+    run = training("--ema", 0.9, "--mean-teacher", 0.25)
+    images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
+    run.averaged.head.weight.data.normal_()
+    said = run.averaged(images).softmax(1)
+    expected = 0.75 * torch.eye(10)[labels] + 0.25 * said
+    got = run.targets(images, labels)
+    torch.testing.assert_close(got, expected)
+    assert not got.requires_grad
+    assert training("--ema", 0.9).targets(images, labels) is labels
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_with_a_mean_teacher_of_all_nothing_is_learnt_of_labels(share, training):
+    ends = []
+    for other in (0, 1):
+        torch.manual_seed(1)
+        run = training("--ema", 0.9, "--mean-teacher", share)
+        run.train_step(run.dataset.train.images[:32], (run.dataset.train.labels[:32] + other) % 10)
+        ends.append(run.model.head.weight)
+    assert torch.equal(*ends) == (share == 1)
+
+
 @pytest.mark.parametrize("steps_before", [0, 3])
 def test_preparing_changes_nothing(training, steps_before, monkeypatch):
     sizes, ends, update = [], [], Training.update
