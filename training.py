@@ -45,11 +45,13 @@ class Training:
         self.network = distributed.wrap(model)  # in a single process the model itself
         if settings.compile:
             self.network = torch.compile(self.network)
-        # Tensors, where the device reads them, so that a new value is no new step to a captured CUDA graph.
+        # Tensors, where the device reads them, so that a new value is no new step to a captured CUDA graph; a
+        # strength that never changes stays a number, or the augmentation would be a dozen kernels more.
         self.rate, self.strength = settings.lr, settings.augment_strength
         if device.type == "cuda":
-            self.rate, self.strength = (torch.tensor(value, device=device)
-                                        for value in (self.rate, self.strength))
+            self.rate = torch.tensor(self.rate, device=device)
+            if settings.augment_fade:
+                self.strength = torch.tensor(self.strength, device=device)
         self.optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=self.rate,
                                            fused=device.type in ("cpu", "cuda"),
                                            capturable=device.type == "cuda")
@@ -204,11 +206,13 @@ class Training:
         rate, strength = self.learning_rate(), self.augment_strength()
         if isinstance(self.rate, Tensor):
             self.rate.fill_(rate)
+        else:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+        if isinstance(self.strength, Tensor):
             self.strength.fill_(strength)
         else:
             self.strength = strength
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
 
     @property
     def total_steps(self) -> int:

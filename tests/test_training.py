@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+import augment
 import data
 import train_mamba
-import training as training_module
 from errors import UserError
 from mamba_ssm_simple import VisionMamba2
 from training import Training, average, parameter_groups
@@ -49,10 +49,9 @@ def test_the_rate_rises_for_as_long_as_asked_and_falls_to_a_hundredth(training):
 
 def test_the_augmentation_fades_over_the_share_that_is_asked_for(training, monkeypatch):
     run = training("--augment-strength", 0.5, "--augment-fade", 0.25, "--epochs", 4, "--batch-size", 100)
-    given, augment = [], training_module.augment.augment
-    monkeypatch.setattr(training_module.augment, "augment",
-                        lambda *a, **k: given.append(float(a[3])) or augment(*a, **k))
-    for run.step in (0, 35, 36, 42, 47):                                          # of 48 steps, the last 12
+    given, original = [], augment.augment
+    monkeypatch.setattr(augment, "augment", lambda *a: given.append(float(a[3])) or original(*a))
+    for run.step in (0, 35, 36, 42, 47):  # of 48; the last 12 fade
         run.train_step(run.dataset.train.images[:2], run.dataset.train.labels[:2])
     assert given == pytest.approx([0.5, 0.5, 0.5, 0.25, 0.5 / 12])
     never, always = (training("--augment-fade", fade) for fade in (0, 1))
@@ -61,7 +60,7 @@ def test_the_augmentation_fades_over_the_share_that_is_asked_for(training, monke
         assert strengths == pytest.approx([1, (1 + end) / 2, end])
 
 
-def test_a_mean_teacher_has_its_share_of_what_is_to_be_said(training, monkeypatch):
+def test_a_mean_teacher_has_its_share_of_what_is_to_be_said(training):
     run = training("--ema", 0.9, "--mean-teacher", 0.25)
     images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
     run.averaged.head.weight.data.normal_()
