@@ -58,7 +58,7 @@ VIETNAMESE = {  # the words of README.vi.md's tables; the longer before those th
     "high resolution": "độ phân giải cao", "language": "ngôn ngữ", "| long |": "| dài |",
     "the small trained model that comes along, on them": "mô hình nhỏ đã huấn luyện có sẵn, trên các ảnh đó",
     "on MNIST's test images": "trên ảnh kiểm tra của MNIST",
-    "after one epoch of the first command below": "sau một epoch của lệnh đầu tiên dưới đây",
+    "a training of one epoch,": "một lần huấn luyện một epoch,",
     ", forward and backward,": ", tiến và lùi,", "| ours ": "| của chúng tôi ", " tokens × ": " token × ",
     "Transformer under torch.compile": "Transformer dưới torch.compile",
     "layers, width": "lớp, rộng", "Tokens × batch; forward and backward": "Token × batch; tiến và lùi",
@@ -160,7 +160,7 @@ def headline() -> str:
         f"| `--preset best`, on MNIST's test images | {in_percent(best)} |",
         f"| the small trained model that comes along, on them | "
         f"{100 * contents['metrics']['test_accuracy']:.2f} % |",
-        f"| after one epoch of the first command below | {in_percent(epoch)} |",
+        f"| a training of one epoch, `python train_mamba.py --epochs 1` | {in_percent(epoch)} |",
         f"| {longest:,} tokens × {batch}, forward and backward, {compared['machine']['gpu']} | "
         f"ours {rows['mamba', 'captured']}; "
         f"Transformer under torch.compile {rows['transformer', 'compiled, captured']}; "
