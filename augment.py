@@ -15,17 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KINDS = ("none", "affine", "elastic")
-RADIANS = math.pi / 180  # of a degree
-Number = float | Tensor
 
 
-def augment(images: Tensor, kind: str, generator: torch.Generator, strength: Number = 1.0,
+def augment(images: Tensor, kind: str, generator: torch.Generator, strength: float = 1.0,
             flip: bool = False, erase: float = 0.0) -> Tensor:
     """What training does to a batch before it is normalised: (b, C, H, W) uint8 → float32 in [0, 1].
 
     kind       "none"; "affine": `random_affine`; "elastic": that and, in the same sampling, `elastic_field`
     generator  on the images' device
-    strength   multiplies the range of every movement; a number, or () on the images' device
+    strength   multiplies the range of every movement
     flip       whether images are mirrored at random, too, unless `kind` is "none"
     erase      the fraction of the images that `random_erase` takes a rectangle from
 
@@ -65,8 +63,8 @@ def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(mirrored, images.flip(-1), images)
 
 
-def random_affine(images: Tensor, generator: torch.Generator, degrees: Number = 10, translate: Number = 0.1,
-                  scale: tuple[Number, Number] = (0.9, 1.1), shear: Number = 5,
+def random_affine(images: Tensor, generator: torch.Generator, degrees: float = 10, translate: float = 0.1,
+                  scale: tuple[float, float] = (0.9, 1.1), shear: float = 5,
                   field: Tensor | None = None) -> Tensor:
     """Each image sheared, rotated, scaled about its centre and moved, all by random amounts of its own.
 
@@ -78,7 +76,6 @@ def random_affine(images: Tensor, generator: torch.Generator, degrees: Number = 
     shear      horizontal shear is uniform in [-shear, shear], in degrees
     field      (2, b, H, W), how far in x and in y, in pixels, each pixel is fetched from besides
 
-    Ranges are numbers, or () on the images' device, so that one that changes is no new step to a CUDA graph.
     Returns (b, C, H, W) float32 in [0, 1], sampled bilinearly. What comes from outside the image is 0,
     the background before normalisation and grey after it: augment first, then normalise.
     """
@@ -86,8 +83,8 @@ def random_affine(images: Tensor, generator: torch.Generator, degrees: Number = 
     b, _, height, width = images.shape
     device = images.device
     angle, zoom, slant, right, down = torch.rand(5, b, 1, 1, generator=generator, device=device)
-    angle = (2 * angle - 1) * (degrees * RADIANS)
-    slant = torch.tan((2 * slant - 1) * (shear * RADIANS))
+    angle = (2 * angle - 1) * math.radians(degrees)
+    slant = torch.tan((2 * slant - 1) * math.radians(shear))
     zoom = scale[0] + (scale[1] - scale[0]) * zoom
 
     # Sampling asks where an output pixel comes from, so the steps are undone in reverse order. In pixels
@@ -105,7 +102,7 @@ def random_affine(images: Tensor, generator: torch.Generator, degrees: Number = 
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def elastic_field(b: int, height: int, width: int, generator: torch.Generator, strength: Number = 0.04,
+def elastic_field(b: int, height: int, width: int, generator: torch.Generator, strength: float = 0.04,
                   smoothness: float = 1 / 7) -> Tensor:
     """Random smooth displacements, in pixels, (2, b, H, W) float32 on the generator's device.
 

@@ -133,9 +133,6 @@ def argument_parser() -> ArgumentParser:
         help="mirror training images at random, unless --augment is none (None: for fashion-mnist and CIFAR)")
     add("--augment-strength", type=non_negative_float, metavar="FACTOR", default=1.0,
         help="multiplies the range of all these movements")
-    add("--augment-fade", type=share, metavar="SHARE", default=0.0,
-        help="the last share of all steps in which that factor falls to 0, so that training ends with images "
-        "as they are; 0.3, say (0: it never falls; streamed images: neither)")
     add("--erase", type=fraction, metavar="RATE", default=0.0,
         help="fraction of the training images that lose a random rectangle")
     add("--ema", type=fraction, metavar="DECAY", default=0.0,

@@ -45,13 +45,8 @@ class Training:
         self.network = distributed.wrap(model)  # in a single process the model itself
         if settings.compile:
             self.network = torch.compile(self.network)
-        # Tensors, where the device reads them, so that a new value is no new step to a captured CUDA graph; a
-        # strength that never changes stays a number, or the augmentation would be a dozen kernels more.
-        self.rate, self.strength = settings.lr, settings.augment_strength
-        if device.type == "cuda":
-            self.rate = torch.tensor(self.rate, device=device)
-            if settings.augment_fade:
-                self.strength = torch.tensor(self.strength, device=device)
+        # A tensor, where the device reads it, so that a new rate is no new step to a captured CUDA graph.
+        self.rate = torch.tensor(settings.lr, device=device) if device.type == "cuda" else settings.lr
         self.optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=self.rate,
                                            fused=device.type in ("cpu", "cuda"),
                                            capturable=device.type == "cuda")
@@ -165,8 +160,8 @@ class Training:
     def update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What the device does in a step: augment, forward, backward, clip, update, add to the sums."""
         kind = "none" if self.dataset.streamed else self.settings.augment  # the workers have done it
-        images = augment.augment(images, kind, self.augmentation, self.strength, self.settings.flip,
-                                 self.settings.erase)
+        images = augment.augment(images, kind, self.augmentation, self.settings.augment_strength,
+                                 self.settings.flip, self.settings.erase)
         images = augment.normalize(images, self.dataset.mean, self.dataset.std)
         part = distributed.part(len(labels))
         labels = labels[part.images]
@@ -200,36 +195,19 @@ class Training:
         return torch.lerp(F.one_hot(labels, said.shape[1]).float(), said, self.settings.mean_teacher)
 
     def set_rates(self) -> None:
-        """Give optimiser, average and augmentation the rates and the strength of the step to come."""
+        """Give the optimiser, and the average, the rate of the step to come."""
         # An average of few steps follows faster, or it would long be that of the random weights.
         self.average_weight.fill_(1 - min(self.settings.ema, (1 + self.step) / (10 + self.step)))
-        rate, strength = self.learning_rate(), self.augment_strength()
+        rate = self.learning_rate()
         if isinstance(self.rate, Tensor):
             self.rate.fill_(rate)
         else:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-        if isinstance(self.strength, Tensor):
-            self.strength.fill_(strength)
-        else:
-            self.strength = strength
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of all epochs."""
-        return self.settings.epochs * self.steps_an_epoch
-
-    def augment_strength(self) -> float:
-        """settings.augment_strength, falling linearly to 0 over the last settings.augment_fade of all steps.
-
-        Less augmented images at the end are nearer to those of the test (arXiv 1909.09148).
-        """
-        left, fade = max(0.0, 1 - self.step / self.total_steps), self.settings.augment_fade
-        return self.settings.augment_strength * (left / fade if left < fade else 1.0)
 
     def learning_rate(self) -> float:
         """Linear warm-up over settings.warm_up steps (a twentieth of all, 500 at most), then a cosine."""
-        total = self.total_steps
+        total = self.settings.epochs * self.steps_an_epoch
         warm_up = min(500, max(1, total // 20)) if self.settings.warm_up is None else self.settings.warm_up
         if self.step < warm_up:
             return self.settings.lr * (self.step + 1) / warm_up

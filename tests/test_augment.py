@@ -74,8 +74,7 @@ def test_loop_never_waits_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         for images, _ in data.epoch_batches(split, 32, generator):
-            images = augment.augment(images, "elastic", generator, torch.ones((), device="cuda"))
-            augment.normalize(images, (0.5,) * 3, (0.5,) * 3)
+            augment.normalize(augment.augment(images, "elastic", generator), (0.5,) * 3, (0.5,) * 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -161,8 +160,5 @@ def test_augment_does_what_its_kind_says(device):
     assert elastic.min() >= 0 and elastic.max() <= 1
     nothing = augment.augment(images, "elastic", seeded(0, device), strength=0.0)
     torch.testing.assert_close(nothing, still, atol=1e-4, rtol=0)
-    half, on_device = (augment.augment(images, "elastic", seeded(0, device), strength=strength)
-                       for strength in (0.5, torch.tensor(0.5, device=device)))
-    torch.testing.assert_close(half, on_device, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="no augmentation 'shake'"):
         augment.augment(images, "shake", seeded(0, device))

@@ -210,7 +210,6 @@ DRAWN = [  # those whose pictures for TensorBoard are of a kind of their own
 @pytest.mark.parametrize("options", [
     *DRAWN, ["--model", "transformer"], ["--amp", "bf16"], ["--amp", "fp16", "--ema", "0.9"],
     ["--augment", "elastic", "--augment-strength", "1.5", "--erase", "0.5", "--drop-path", "0.3"],
-    ["--augment", "elastic", "--augment-fade", "1"],
     ["--warm-up", "0", "--augment", "affine", "--no-augment"],
     ["--batch-size", "1000", "--no-augment"], ["--limit-train", "1"],
     ["--position-conv", "--gradient-checkpointing"], ["--d-conv", "9"],
@@ -349,7 +348,7 @@ def test_ctrl_c_before_training_is_one_line_and_writes_nothing(train, tmp_path, 
 
 
 AVERAGED = ["--epochs", 3, "--limit-train", 200, "--train-on-all", "--ema", 0.9, "--augment", "elastic",
-            "--augment-fade", 0.5, "--mean-teacher", 0.5, "--drop-path", 0.2]
+            "--mean-teacher", 0.5, "--drop-path", 0.2]
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -376,9 +375,8 @@ def test_the_average_is_resumed_to_the_bit_and_the_test_set_waits_for_the_last_e
 @pytest.mark.parametrize("number", [2, STEPS, STEPS + 20], ids="step {}".format)
 def test_a_captured_run_is_resumed_to_the_bit(number, train, tmp_path, monkeypatch):
     """In bf16: stopped before the capture, after an epoch's smaller last batch, and between replays."""
-    settings = [*SMALL, "--device", "cuda", "--amp", "bf16", "--augment", "elastic", "--augment-fade", 0.5,
-                "--erase", 0.25, "--drop-path", 0.2, "--ema", 0.9, "--mean-teacher", 0.5,
-                "--run-name", "run"]
+    settings = [*SMALL, "--device", "cuda", "--amp", "bf16", "--augment", "elastic", "--erase", 0.25,
+                "--drop-path", 0.2, "--ema", 0.9, "--mean-teacher", 0.5, "--run-name", "run"]
     replays, replay = [], torch.cuda.CUDAGraph.replay
     monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(replay(graph)))
     folders = ["--runs-dir", "whole/runs", "--checkpoints-dir", "whole/checkpoints"]
@@ -469,7 +467,6 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
     ("--augment-strength -1", "--augment-strength"),
     ("--mean-teacher 1.1 --ema 0.9", "--mean-teacher: must be a number from 0 to 1"),
     ("--dataset digits --mean-teacher 0.5", "add --ema"),
-    ("--augment-fade 1.1", "--augment-fade: must be a number from 0 to 1"),
     ("--erase 1", "--erase: must be a number from 0 to below 1"),
     ("--ema 1", "--ema"),
     ("--drop-path 2", "--drop-path"),

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-import augment
 import data
 import train_mamba
 from errors import UserError
@@ -45,19 +44,6 @@ def test_the_rate_rises_for_as_long_as_asked_and_falls_to_a_hundredth(training):
     assert rates(training("--lr", 0.5, "--warm-up", 0), 1) == [0.5]
     long = training("--epochs", 1000, "--batch-size", 100)  # 12,000 steps: the warm-up is 500
     assert rates(long, 500)[-1] == 1e-3
-
-
-def test_the_augmentation_fades_over_the_share_that_is_asked_for(training, monkeypatch):
-    run = training("--augment-strength", 0.5, "--augment-fade", 0.25, "--epochs", 4, "--batch-size", 100)
-    given, original = [], augment.augment
-    monkeypatch.setattr(augment, "augment", lambda *a: given.append(float(a[3])) or original(*a))
-    for run.step in (0, 35, 36, 42, 47):  # of 48; the last 12 fade
-        run.train_step(run.dataset.train.images[:2], run.dataset.train.labels[:2])
-    assert given == pytest.approx([0.5, 0.5, 0.5, 0.25, 0.5 / 12])
-    never, always = (training("--augment-fade", fade) for fade in (0, 1))
-    for run, end in ((never, 1), (always, 0)):
-        strengths = [run.augment_strength() for run.step in (0, run.total_steps // 2, run.total_steps)]
-        assert strengths == pytest.approx([1, (1 + end) / 2, end])
 
 
 def test_a_mean_teacher_has_its_share_of_what_is_to_be_said(training):
