@@ -191,6 +191,11 @@ def newest(folder: Path, unfinished: bool = False) -> Path:
     return max(found, key=lambda path: found[path].stat().st_mtime)
 
 
+def run_of(path: Path) -> str:
+    """The name of the run whose checkpoint `path` is, by the file's name."""
+    return path.name.removesuffix(".previous").removesuffix(".pt").removesuffix(".last")
+
+
 def is_run_name(name: str) -> bool:
     """Whether a run's folder and its two checkpoints can be called `name`: one part of a path, not hidden."""
     plain = re.fullmatch(r"\w[\w .,=@+-]*", name) is not None and len(name.encode()) <= 200

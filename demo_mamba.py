@@ -92,9 +92,13 @@ def port_number(text: str) -> int:
 
 def main() -> None:
     arguments = parse_arguments()
-    sys.stdout.reconfigure(errors="replace")  # a terminal without ✗ or █ is no reason to stop
     device = evaluate.pick_device(arguments.device)
     if "compare" in arguments:
+        for flag in ("checkpoint", "image", "image_size", "export", "interactive", "explain", "report",
+                     "serve"):
+            if getattr(arguments, flag, False):
+                raise UserError(f"--compare shows runs side by side and nothing else; leave "
+                                f"--{flag.replace('_', '-')} out")
         written = compare_runs(arguments, device)
         if not arguments.no_show:
             show(written[:1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import io
 import os
 import sys
 import threading
@@ -49,6 +50,9 @@ def run_script(main: Callable[[], None]) -> None:
     """
     threading.excepthook = _thread_failed
     try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # one without × or ✗ is no reason to stop
+                stream.reconfigure(errors="replace")
         try:
             main()
         finally:
@@ -68,8 +72,8 @@ def run_script(main: Callable[[], None]) -> None:
     except (MemoryError, RuntimeError) as error:  # PyTorch has a RuntimeError for each device
         if not is_out_of_memory(error):
             raise
-        _fail(f"the memory is full ({str(error)[:160]}); close other programs, or make batch or model "
-              "smaller by --batch-size or --d-model")
+        _fail(f"the memory is full ({str(error)[:160]}); close other programs, or make batch, images or "
+              "model smaller")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

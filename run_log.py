@@ -1,4 +1,4 @@
-"""What a training run leaves behind: `runs/<run-name>/` for TensorBoard, and metrics.jsonl for programs."""
+"""What a training run leaves behind: `runs/<run-name>/` for TensorBoard, and in it metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import checkpoint
 import data
 import explain
 import figures
+import metrics_file
 from errors import UserError
 
 PICTURES_SHARE = 0.1  # of a run's time
@@ -45,12 +46,7 @@ class Ration:
 
 
 class RunLog:
-    """Writes one run's metrics and pictures. Use it by `with`, which writes out what is still in memory.
-
-    metrics.jsonl holds one JSON object an epoch: epoch (from 1), train_loss, train_accuracy, val_loss,
-    val_accuracy, test_accuracy (fractions; null where --train-on-all leaves them out), learning_rate (of the
-    last step), of its training images_per_second and seconds, and evaluation_seconds, which are not in those.
-    """
+    """Writes one run's metrics and pictures. Use it by `with`, which writes out what is still in memory."""
 
     def __init__(self, folder: Path, first_epoch: int, first_step: int) -> None:
         """Begin, or go on after `first_epoch` epochs and `first_step` steps: what was logged later than that,
@@ -58,12 +54,12 @@ class RunLog:
 
         Raises UserError where the folder cannot be written.
         """
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / metrics_file.NAME
         self.drawing = Ration(PICTURES_SHARE)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            kept = [line for line in lines if _epoch(line) <= first_epoch]
+            kept = [line for line in lines if metrics_file.epoch_of(line) <= first_epoch]
             if kept != lines or not lines:
                 with checkpoint.whole_file(self.path) as file:
                     file.write("".join(kept).encode())
@@ -158,11 +154,3 @@ class NoLog(contextlib.AbstractContextManager):
         pass
 
     epoch = test = scans = hparams = step
-
-
-def _epoch(line: str) -> float:
-    """Whose epoch's metrics a line holds; infinity for a line cut short by a kill."""
-    try:
-        return json.loads(line)["epoch"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")

@@ -17,6 +17,7 @@ from errors import UserError, run_script  # isort: skip  (Ctrl-C is one line fro
 
 import argparse
 import random
+import shlex
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ import distributed
 import evaluate
 import explain
 import memory
+import metrics_file
 import profile_step
 from baselines import ARCHITECTURES, matched_config
 from flags import MAY_CHANGE_ON_RESUME, fill_in, parse_arguments
@@ -75,6 +77,7 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     settings.resume = path
     fill_in(settings)
     check_paths(settings)
+    check_own(settings, resumed)
     return settings, resumed
 
 
@@ -93,13 +96,31 @@ def check_paths(settings: argparse.Namespace) -> None:
     for path, flag in zip(paths, ("--runs-dir", "--checkpoints-dir", "--checkpoints-dir"), strict=True):
         try:
             if settings.resume is None and (path.exists() or checkpoint.previous(path).exists()):
-                raise UserError(f"{path} exists; choose another --run-name, or go on with that run by "
-                                f"--resume {paths[-1]}")
+                go_on = f", or go on with that run by --resume {quoted(paths[-1])}"
+                raise UserError(f"{path} exists; choose another --run-name"
+                                + (go_on if paths[-1].exists() else ""))
             with tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())):
                 pass
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}; choose another {flag}"
                             ) from error
+
+
+def quoted(path: Path) -> str:
+    """A path for a command that a person pastes into a shell."""
+    return shlex.quote(str(path))
+
+
+def check_own(settings: argparse.Namespace, resumed: dict) -> None:
+    """Raise UserError where going on from `resumed` would write over the files of another run."""
+    folder, _, last = run_paths(settings)
+    path = settings.resume
+    if path.name not in (last.name, checkpoint.previous(last).name):
+        raise UserError(f"{path} is of the run {settings.run_name}, whose files would be written over; move "
+                        f"it, as {last.name}, into a folder of its own and resume it there")
+    there = [metrics for metrics in metrics_file.read(folder) if metrics["epoch"] == resumed["epoch"]]
+    if there not in ([], [resumed["metrics"]]):
+        raise UserError(f"{folder} is of another run than {path}; give another --runs-dir")
 
 
 # ---- Training ---------------------------------------------------------------------------------------------
@@ -113,7 +134,7 @@ def main() -> None:
 def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     if resumed and resumed["epoch"] >= settings.epochs:
         distributed.say(f"{settings.run_name} has finished its {settings.epochs} epochs; see it with: "
-              f"python demo_mamba.py --checkpoint {run_paths(settings)[1]}")
+              f"python demo_mamba.py --checkpoint {quoted(run_paths(settings)[1])}")
         return
     device = distributed.own_device(evaluate.pick_device(settings.device))
     if settings.batch_size < distributed.size():
@@ -280,10 +301,10 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
                             f"loss {metrics['train_loss']:.4f}  {accuracies}{training.seconds:.0f} s")
         if (stop.asked_of_any(finished) or not finished) and training.epoch < settings.epochs:
             where = f"after epoch {training.epoch}" if finished else f"in epoch {training.epoch + 1}"
-            distributed.say(f"stopped {where}; go on with: python train_mamba.py --resume {last}")
+            distributed.say(f"stopped {where}; go on with: python train_mamba.py --resume {quoted(last)}")
             sys.exit(130)
     what = "last epoch" if settings.train_on_all else "best on validation"
-    distributed.say(f"{what}: {best}\nsee it with: python demo_mamba.py --checkpoint {best}")
+    distributed.say(f"{what}: {best}\nsee it with: python demo_mamba.py --checkpoint {quoted(best)}")
 
 
 if __name__ == "__main__":

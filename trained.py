@@ -41,7 +41,6 @@ class TrainedModel:
             self.dataset_name = contents["dataset"]["name"]
             self.classes, self.mean, self.std = (tuple(contents["dataset"][key])
                                                  for key in ("classes", "mean", "std"))
-            self.run_name = str(contents["settings"].get("run_name") or path.stem)
             self.data_dir = Path(data_dir or contents["settings"].get("data_dir") or "data")
             self.entry = data.DATASETS[self.dataset_name]
             size = self.entry.image_size  # of checkpoints that were saved without a shape
@@ -54,9 +53,10 @@ class TrainedModel:
         if logits.shape != (1, len(self.classes)):
             raise UserError(f"{path} names {len(self.classes)} classes, but its model has "
                             f"{logits.shape[-1]}; train it anew")
+        # By the file's name and not by the one in it, which is another run's where the file was renamed.
+        self.run_name = checkpoint.run_of(path)
         if not checkpoint.is_run_name(self.run_name):
-            raise UserError(f"{path} has the run name {self.run_name!r}, which is no folder's name; "
-                            "train it anew")
+            raise UserError(f"{path} has no name that a folder could have; rename it")
         self.folder = runs_dir / self.run_name / "demo"
         self._dataset: data.Dataset | None = None
 

@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import metrics_file
 from errors import UserError
 from flags import differences, fill_in, parse_arguments
 from training import StopRequest
@@ -87,9 +88,7 @@ class Trial:
 
     def epochs(self) -> list[dict]:
         """The metrics of the epochs finished until now."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be half written
+        return metrics_file.read(self.folder)
 
     def outcome(self) -> Outcome | None:
         """None for a run that is to be begun, or to be gone on with."""

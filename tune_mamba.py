@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import csv
 import io
+import json
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from tqdm import tqdm
 
 import checkpoint
 import evaluate
+import metrics_file
+from data import DATASETS
 from flags import as_flags, explicit, parse_arguments
 from trials import Outcome, Trial, check, save_json, train
 
@@ -116,7 +119,7 @@ def main() -> None:
     settings = parse_arguments(arguments.train)
     device = evaluate.pick_device(settings.device)
     folder = settings.runs_dir / arguments.name
-    if (folder / "metrics.jsonl").exists():
+    if (folder / metrics_file.NAME).exists():
         raise UserError(f"{folder} is a run's; choose another --name")
     outcomes: dict[str, Outcome] = {}
     if "trials" in arguments:
@@ -125,6 +128,7 @@ def main() -> None:
         trials = [make_trial(arguments, point) for point in ParameterGrid(arguments.grid)]
         total = len(trials)
         check(trials)
+        check_replaces(folder / "sweep.json", trials)
     rows: dict[str, dict] = {}
     about = {"name": arguments.name, "arguments": arguments.train, "grid": arguments.grid,
              "jobs": arguments.jobs, "device": evaluate.device_name(device), "torch": torch.__version__}
@@ -143,9 +147,26 @@ def main() -> None:
     if best["failed"]:
         raise UserError(f"no trial came to its end; {best['trial']}: {best['failed']}")
     print("\n".join(table([best, *others], arguments.grid)))
-    again = [*arguments.train, *as_flags({name: best[name] for name in arguments.grid}), "--train-on-all"]
-    print(f"written to {folder / 'sweep.json'} and sweep.csv\nthe best one with the validation images, too: "
-          f"python train_mamba.py {shlex.join(again)}")
+    again = [*arguments.train, *as_flags({name: best[name] for name in arguments.grid})]
+    # A folder's validation images are its own, and stay held out.
+    what, all_images = (("the best one again", []) if DATASETS[settings.dataset].read is None else
+                        ("the best one with the validation images, too", ["--train-on-all"]))
+    print(f"written to {folder / 'sweep.json'} and sweep.csv\n{what}: "
+          f"python train_mamba.py {shlex.join([*again, *all_images])}")
+
+
+def check_replaces(table: Path, trials: Sequence[Trial]) -> None:
+    """Raise UserError where an earlier `table` has trials that are not among these, and would be lost."""
+    if not table.exists():
+        return
+    try:
+        trained = {row["trial"] for row in json.loads(table.read_text(encoding="utf-8"))["trials"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{table} is there, and no table of this version; choose another --name, or delete "
+                        "it") from error
+    if others := trained - {trial.name for trial in trials}:
+        raise UserError(f"{table} has {min(others)}, which this grid has not, and would be replaced; choose "
+                        "another --name, or delete it")
 
 
 def make_trial(arguments: argparse.Namespace, point: dict) -> Trial:
@@ -168,15 +189,19 @@ def sampled(arguments: argparse.Namespace, folder: Path, outcomes: dict[str, Out
     """Trials that Optuna's TPE chooses from the grid, each by the `outcomes` of those before it.
 
     A point may come again, which costs nothing: it is trained already. What an earlier call has seen comes
-    first. Raises UserError where that was another grid.
+    first. Raises UserError where that was another grid, or cannot be read.
     """
     words = {name: {in_words(value): value for value in values} for name, values in arguments.grid.items()}
     choices = {name: optuna.distributions.CategoricalDistribution(list(words[name])) for name in words}
     path = str(folder / "optuna.log")
     lock = optuna.storages.journal.JournalFileOpenLock(path)
     journal = optuna.storages.journal.JournalFileBackend(path, lock)
-    study = optuna.create_study(storage=optuna.storages.JournalStorage(journal), study_name=arguments.name,
-                                direction="maximize", load_if_exists=True)
+    try:
+        study = optuna.create_study(storage=optuna.storages.JournalStorage(journal),
+                                    study_name=arguments.name, direction="maximize", load_if_exists=True)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}); delete it, or choose another --name"
+                        ) from error
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))
     seen = [asked for asked in study.trials if asked.params]  # a kill may have come before it was chosen
     if any(asked.distributions != choices for asked in seen):

@@ -56,6 +56,8 @@ def main() -> None:
     if not trials:
         raise UserError(f"{output} has all of these seeds; leave out --merge to train them again")
     check(trials)
+    if not arguments.merge:
+        check_replaces(output, trials[0], arguments.seeds)
     here = {"machine": timing.machine(device), "jobs": arguments.jobs}
     before = trained_before(output, trials)
     trained = {trial: before.get(trial, here) for trial in trials}
@@ -83,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
                              "(default: none)")
     parser.add_argument("--name", default=argparse.SUPPRESS,
                         help="names the runs and the file under results/ (default: the preset)")
-    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N − 1")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds from 0 on")
     parser.add_argument("--validation", action="store_true",
                         help="hold out the validation images and report the accuracy on them alone")
     parser.add_argument("--jobs", type=int, default=1, metavar="N",
@@ -164,9 +166,24 @@ def kept_runs(file: Path, trial: Trial, device: torch.device) -> list[dict]:
     if not unlike and kinds - {device.type}:  # it decides on the precision, for one
         unlike = f"--device {kinds.pop()} and not {device.type}"
     if unlike:
-        raise UserError(f"the seeds in {file} were trained with {unlike}; choose another --name, or leave "
-                        "out --merge to replace them")
+        raise UserError(f"the seeds in {file} were trained with {unlike}; choose another --name, or delete "
+                        "that file")
     return runs
+
+
+def check_replaces(file: Path, trial: Trial, seeds: int) -> None:
+    """Raise UserError where the file holds something else than `seeds` seeds would, or more of them."""
+    if not file.exists():
+        return
+    try:
+        runs, unlike = runs_in(file, trial.settings)
+    except ValueError as error:
+        raise UserError(f"there are {error}, which would be replaced; choose another --name") from error
+    if unlike:
+        raise UserError(f"the seeds in {file} were trained with {unlike}; choose another --name, or delete "
+                        "that file")
+    if len(runs) > seeds:
+        raise UserError(f"{file} has {len(runs)} seeds; choose another --name, or delete it")
 
 
 def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], trained: dict[Trial, dict],

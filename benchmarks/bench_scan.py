@@ -1,8 +1,8 @@
 """The selective scan and a training step, timed against mambapy's parallel scan.
 
     python benchmarks/bench_scan.py                       everything, about three minutes on two cores
-    python benchmarks/bench_scan.py --shapes 64,49,256,16 --repeats 3
-    python benchmarks/bench_scan.py --parts step          only the training step
+    python benchmarks/bench_scan.py --parts step --output step.json         only the training step
+    python benchmarks/bench_scan.py --shapes 64,49,256,16 --repeats 3 --output one.json
 
 mambapy (pip install mambapy) is the plain-PyTorch Mamba that people without a compiler use. Its scan gets the
 same inputs and does the same maths: softplus, Δ, recurrence, D and gate; its results and gradients are
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,8 +96,7 @@ def main() -> None:
         rows += show(bench_step(arguments.repeats, device, plan.targets))
     if "table" in arguments.parts and device.type == "cuda":
         table = cuda_table.measure()
-    name = f"bench_scan_{device.type}{'_plain' if arguments.plain else ''}.json"
-    output = getattr(arguments, "output", ROOT / "results" / name)
+    output = arguments.output
     output.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "mambapy": timing.version("mambapy"), "repeats": arguments.repeats,
               "rows": [row._asdict() for row in rows], "table": table}
@@ -122,13 +122,17 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats must be at least 1, but is {arguments.repeats}")
+    if arguments.device == "cpu" and list(arguments.parts) == ["table"]:
+        parser.error("--parts table is measured on a GPU alone; add scan or step")
+    name = f"bench_scan_{arguments.device}{'_plain' if arguments.plain else ''}.json"
+    arguments.output = timing.output_of(parser, arguments, ROOT / "results" / name, ("parts", "shapes"))
     return arguments
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
     numbers = text.split(",")
-    if len(numbers) != 4 or not all(number.isdecimal() and int(number) > 0 for number in numbers):
-        raise argparse.ArgumentTypeError(f"must be four numbers b,l,e,n from 1 up, but is {text}")
+    if len(numbers) != 4 or not all(re.fullmatch("[1-9][0-9]{0,6}", number) for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be four numbers b,l,e,n from 1 to 9,999,999, but is {text}")
     return tuple(map(int, numbers))
 
 

@@ -1,7 +1,7 @@
 """Blocks of VisionMamba2 against a Transformer's and an LSTM's: time and memory of a training step by length.
 
     python benchmarks/compare_architectures.py
-    python benchmarks/compare_architectures.py --sizes 196x64 784x64 --networks mamba transformer
+    python benchmarks/compare_architectures.py --sizes 196x64 --networks mamba transformer --output part.json
 
 Four layers of width 128 without stem and head, forward and backward, the gradients of input and weights.
 Transformer and LSTM have as many parameters as ours (`mamba`, 16 states a channel as in the paper) within 5%,
@@ -22,9 +22,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -181,7 +182,7 @@ def main() -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("PyTorch finds no CUDA device; use --device cpu, or install PyTorch for CUDA")
     torch.set_float32_matmul_precision("high")
-    output = getattr(arguments, "output", ROOT / "results" / f"compare_architectures_{device.type}.json")
+    output = arguments.output
     makers = {name: make for name, make in builders().items() if name in arguments.networks}
     result = {"machine": timing.machine(device), "depth": DEPTH, "width": WIDTH,
               "precision": "bfloat16" if device.type == "cuda" else "float32",
@@ -189,7 +190,8 @@ def main() -> None:
               "repeats": arguments.repeats, "rows": [], "exponents": {}, "attention": {}}
     sizes = getattr(arguments, "sizes", [parse_size(text) for text in SIZES[device.type]])
     if arguments.merge and output.exists():
-        merge(result, json.loads(output.read_text(encoding="utf-8")), sizes)
+        with timing.older_file(output) as older:
+            merge(result, older, sizes, makers)
     print(f"{timing.machine_line(device)}\n{DEPTH} layers, width {WIDTH}, parameters: "
           + ", ".join(f"{name} {number:,}" for name, number in result["parameters"].items()))
     for size in sizes:
@@ -219,7 +221,8 @@ def parse_arguments() -> argparse.Namespace:
                         help="which to measure")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--merge", action="store_true",
-                        help="keep what the JSON file has of other sizes, measured on the same machine")
+                        help="keep what the JSON file has of other sizes and networks, measured on the same "
+                             "machine")
     parser.add_argument("--repeats", type=int, default=7,
                         help="samples of each time, of which the median counts")
     parser.add_argument("--output", type=timing.output_file, default=argparse.SUPPRESS,
@@ -227,6 +230,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats must be at least 1, but is {arguments.repeats}")
+    whole = ROOT / "results" / f"compare_architectures_{arguments.device}.json"
+    arguments.output = timing.output_of(parser, arguments, whole, ("sizes", "networks", "no_compile"))
     return arguments
 
 
@@ -235,17 +240,18 @@ def parse_size(text: str) -> Size:
         tokens, batch = map(int, text.split("x"))
     except ValueError:
         tokens = batch = 0
-    if tokens < 1 or batch < 1 or round(tokens**0.5) ** 2 != tokens:
+    if tokens < 1 or batch < 1 or math.isqrt(tokens) ** 2 != tokens:
         raise argparse.ArgumentTypeError("must be TOKENSxBATCH with a square number of tokens, "
                                          f"but is {text!r}")
     return Size(tokens, batch)
 
 
-def merge(result: dict, older: dict, sizes: list[Size]) -> None:
-    """Take over the rows of other sizes. Raises UserError for another machine."""
+def merge(result: dict, older: dict, sizes: Sequence[Size], networks: Container[str]) -> None:
+    """Take over the rows of other sizes and networks. Raises UserError for another machine."""
     timing.check_same_machine(older["machine"], result["machine"])
     again = {(size.tokens, size.batch) for size in sizes}
-    result["rows"] = [row for row in older["rows"] if (row["tokens"], row["batch"]) not in again]
+    result["rows"] = [row for row in older["rows"]
+                      if (row["tokens"], row["batch"]) not in again or row["network"] not in networks]
     for key in ("parameters", "attention"):
         result[key] = older[key] | result[key]
 

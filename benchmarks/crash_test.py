@@ -77,12 +77,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments of the kills")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data", metavar="DIR",
                         help="where MNIST is kept")
-    parser.add_argument("--output", type=timing.output_file, default=ROOT / "results" / "crash_test.json",
-                        metavar="FILE", help="the JSON file")
+    parser.add_argument("--output", type=timing.output_file, default=argparse.SUPPRESS, metavar="FILE",
+                        help="the JSON file (default: results/crash_test.json)")
     arguments = parser.parse_args()
     if arguments.kills < 1:
         parser.error(f"--kills must be at least 1, but is {arguments.kills}")
     evaluate.pick_device(arguments.device)
+    arguments.output = timing.output_of(parser, arguments, ROOT / "results" / "crash_test.json",
+                                        ("kills", "datasets", "device"))
     return arguments
 
 
@@ -91,11 +93,13 @@ def crash(task: str, kills: int, seed: int, folder: Path, data_dir: Path, device
 
     kills, runs, and how many kills were survived (the run went on by --resume), led to an end that equals
     the undisturbed one, and how many epochs were lost and points doubled.
+    Raises UserError where the undisturbed run fails.
     """
     moments = random.Random(seed)
     undisturbed = folder / "undisturbed"
     began = time.monotonic()
-    start(task, undisturbed, data_dir, device).wait()
+    if start(task, undisturbed, data_dir, device).wait():
+        raise UserError((undisturbed / "err").read_text().strip().rpartition("\n")[2].removeprefix("error: "))
     life = time.monotonic() - began
     right = final_state(undisturbed)
     row = {"dataset": task, "kills": kills, "runs": 0, "survived": 0, "equal": 0, "epochs_lost": 0,

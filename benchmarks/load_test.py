@@ -79,8 +79,8 @@ def parse_arguments() -> argparse.Namespace:
                         help="pictures, and as many drawings")
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED, metavar="PATH",
                         help="the model that classifies; of grey images")
-    parser.add_argument("--output", type=timing.output_file, default=ROOT / "results" / "load_test.json",
-                        metavar="FILE", help="the JSON file")
+    parser.add_argument("--output", type=timing.output_file, default=argparse.SUPPRESS, metavar="FILE",
+                        help="the JSON file (default: results/load_test.json)")
     arguments = parser.parse_args()
     for name in ("starts", "classifications"):
         if getattr(arguments, name) < 5:
@@ -88,6 +88,8 @@ def parse_arguments() -> argparse.Namespace:
                          f"but is {getattr(arguments, name)}")
     if not Path("/proc/self/stat").exists():
         raise UserError("this test reads /proc, which only Linux has; run it there")
+    arguments.output = timing.output_of(parser, arguments, ROOT / "results" / "load_test.json",
+                                        ("loads", "starts", "classifications", "checkpoint"))
     return arguments
 
 

@@ -93,7 +93,10 @@ def fill(page: Path, text: str) -> str:
 
 
 def result(name: str) -> dict:
-    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    path = ROOT / "results" / f"{name}.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing; measure it anew, see benchmarks/README.md, or fetch it by git")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def machine(facts: dict) -> str:

@@ -13,8 +13,8 @@ captured: it looks at the state of the random numbers, which a capture forbids. 
 before the capture.
 
 One network after the other, each leaving the memory empty to the next. Whatever fails, for want of memory
-say, is recorded with its reason, and the rest goes on. results/throughput_imagenet.json is written after
-every line.
+say, is recorded with its reason, and the rest goes on. results/throughput_imagenet.json, on a CPU
+throughput_imagenet_cpu.json, is written after every line.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def main() -> None:
               "precision": "bfloat16" if device.type == "cuda" else "float32",
               "repeats": arguments.repeats, "rows": []}
     if arguments.merge and arguments.output.exists():
-        result["rows"] = older_rows(json.loads(arguments.output.read_text(encoding="utf-8")), result)
+        with timing.older_file(arguments.output) as older:
+            result["rows"] = older_rows(older, result)
     print(timing.machine_line(device))
     for size in arguments.sizes:
         print(f"\n{size}×{size} pixels, batch {arguments.batch_size}")
@@ -114,9 +115,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="samples of each, of which the median counts")
     parser.add_argument("--merge", action="store_true",
                         help="keep the other lines of the JSON file, measured on the same machine")
-    parser.add_argument("--output", type=timing.output_file,
-                        default=ROOT / "results" / "throughput_imagenet.json", help="the JSON file")
+    parser.add_argument("--output", type=timing.output_file, default=argparse.SUPPRESS,
+                        help="the JSON file (default: results/throughput_imagenet.json, on a CPU "
+                             "throughput_imagenet_cpu.json)")
     arguments = parser.parse_args()
+    name = f"throughput_imagenet{'_cpu' if arguments.device == 'cpu' else ''}.json"
+    arguments.output = timing.output_of(parser, arguments, ROOT / "results" / name, (
+        "sizes", "batch_size", "d_model", "num_blocks", "patch_size", "networks", "variants"))
     if "variants" not in arguments:
         arguments.variants = VARIANTS if arguments.device == "cuda" else ("plain", "checkpointing")
     for variant in arguments.variants:

@@ -7,18 +7,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import json
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from errors import UserError
+from errors import ArgumentParser, UserError
 
 SAMPLE_SECONDS = 0.02   # a sample of a faster function is the mean of as many calls as take this long
 MOST_CALLS = 1000
@@ -82,6 +84,41 @@ def output_file(text: str) -> Path:
     if path.is_dir() or not there.is_dir() or not os.access(path if path.exists() else there, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text} cannot be written; choose another file")
     return path
+
+
+def output_of(parser: ArgumentParser, arguments: argparse.Namespace, default: Path,
+              parts: Sequence[str]) -> Path:
+    """The file of --output or, without it, the `default` one, in which the whole benchmark is kept.
+
+    A command in which one of the flags `parts` is not as it is by default measures something less or else:
+    raises UserError where that would replace the default file, and nothing is said of --merge.
+    """
+    if "output" in arguments:
+        return arguments.output
+    changed = [name for name in parts if name in arguments
+               and _as_list(getattr(arguments, name)) != _as_list(parser.get_default(name))]
+    if changed and default.exists() and not getattr(arguments, "merge", False):
+        merge = ", or add --merge" if "merge" in arguments else ""
+        parser.error(f"with --{changed[0].replace('_', '-')} this is not what {default} holds, and would "
+                     f"replace it; name another file by --output{merge}")
+    return default
+
+
+def _as_list(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+@contextlib.contextmanager
+def older_file(path: Path) -> Iterator[dict]:
+    """What a file to --merge with holds.
+
+    Raises UserError where it cannot be read, or has not what is looked for in it.
+    """
+    try:
+        yield json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no file of this benchmark ({type(error).__name__}); delete it, or leave "
+                        "out --merge") from error
 
 
 def output_folder(text: str) -> Path:

@@ -1,7 +1,7 @@
 """One trunk for pictures and sound: a noisy MNIST digit, the same digit spoken in noise, the two together.
 
     python examples/spoken_digits.py             some ten minutes on two cores; needs espeak-ng
-    python examples/spoken_digits.py --seeds 1   a first look
+    python examples/spoken_digits.py --seeds 1 --output look.json
 
 The digits are spoken by espeak-ng (a package of your system: apt install espeak-ng, brew install espeak-ng)
 in several accents, voices, speeds and pitches; the voices of validation and test are never trained on. Sound
@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import wave
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,15 +64,16 @@ WINDOW, HOP, MELS = 256, 240, 32  # 32 ms windows every 30 ms, in 32 bands
 IMAGE_NOISE = 0.6                 # standard deviation of the noise on pixels of 0 to 1
 SOUND_NOISE = -4.0                # signal to noise in dB; with it the sound is about as hard as the image
 LR = 2e-3
+WARM_UP = 0.1001                  # of the steps; with 0.1 PyTorch divides by 0 in a run of ten
 
 
 # ---- Spoken digits ----------------------------------------------------------------------------------------
 
 
 def spoken_digits(cache: Path, takes: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """{"train", "test"}: clips (N, SAMPLES) float32 of power 1, and labels (N,); synthesised once.
+    """{"train", "val", "test"}: clips (N, SAMPLES) float32 of power 1, and labels (N,); synthesised once.
 
-    Raises UserError where espeak-ng is missing or says nothing.
+    Raises UserError where espeak-ng is missing or says nothing, and where what is kept is damaged.
     """
     path = cache / f"spoken-digits-{zlib.crc32(repr((ACCENTS, VOICES, takes)).encode()):08x}.npz"
     if not path.exists():
@@ -93,9 +95,13 @@ def spoken_digits(cache: Path, takes: int) -> dict[str, tuple[Tensor, Tensor]]:
         temporary = path.with_suffix(".part.npz")
         np.savez(temporary, **arrays)
         temporary.replace(path)
-    with np.load(path) as arrays:
-        return {part: (torch.from_numpy(arrays[part].astype(np.float32)),
-                       torch.from_numpy(arrays[f"{part}_labels"])) for part in VOICES}
+    try:
+        with np.load(path) as arrays:
+            return {part: (torch.from_numpy(arrays[part].astype(np.float32)),
+                           torch.from_numpy(arrays[f"{part}_labels"])) for part in VOICES}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}); delete it, and the digits are spoken "
+                        "again") from error
 
 
 def speak(digit: int, voice: str, speed: int, pitch: int) -> np.ndarray:
@@ -201,7 +207,7 @@ def train(inputs: str, seed: int, speech: dict, digits: data.Dataset, steps: int
     model = PictureAndSound()
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, steps, pct_start=WARM_UP)
     clips, labels = speech["train"]
     for _ in tqdm(range(steps), desc=f"seed {seed}, {inputs}", leave=False, disable=None):
         batch = torch.randint(len(labels), (64,), generator=generator)
@@ -230,17 +236,19 @@ def accuracy(model: PictureAndSound, inputs: str, speech: tuple[Tensor, Tensor],
 
 def main() -> None:
     parser = ArgumentParser("Train on noisy digits: seen, heard, and both.")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N − 1")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds from 0 on")
     parser.add_argument("--steps", type=int, default=600, metavar="N", help="training steps of 64 pairs")
     parser.add_argument("--takes", type=int, default=2, metavar="N",
                         help="clips of a digit in each accent and voice, of other speeds and pitches")
     parser.add_argument("--data-dir", type=timing.output_folder, default=ROOT / "data", metavar="DIR",
                         help="where MNIST is kept, and the clips are cached")
-    parser.add_argument("--results-dir", type=timing.output_folder, default=ROOT / "results", metavar="DIR",
-                        help="where spoken-digits.json is written")
+    parser.add_argument("--output", type=timing.output_file, default=argparse.SUPPRESS, metavar="FILE",
+                        help="the JSON file (default: results/spoken-digits.json)")
     settings = parser.parse_args()
     if min(settings.seeds, settings.steps, settings.takes) < 1:
         parser.error("--seeds, --steps and --takes must be 1 or more")
+    settings.output = timing.output_of(parser, settings, ROOT / "results" / "spoken-digits.json",
+                                       ("seeds", "steps", "takes"))
     speech = spoken_digits(settings.data_dir, settings.takes)
     digits = data.load("mnist", settings.data_dir)
     images = {"val": digits.val, "test": digits.test}
@@ -256,7 +264,7 @@ def main() -> None:
 
 
 def write(settings: argparse.Namespace, speech: dict, runs: list[dict]) -> None:
-    """Print the means, write results/spoken-digits.json."""
+    """Print the means, write the JSON file."""
     found: dict[str, dict] = {"val_accuracy": {}, "test_accuracy": {}}
     for key, inputs in itertools.product(found, INPUTS):
         accuracies = [run[key] for run in runs if run["inputs"] == inputs]
@@ -269,10 +277,9 @@ def write(settings: argparse.Namespace, speech: dict, runs: list[dict]) -> None:
               "image_noise": IMAGE_NOISE, "sound_noise_db": SOUND_NOISE,
               "parameters": sum(parameter.numel() for parameter in PictureAndSound().parameters()),
               **found, "runs": runs}
-    settings.results_dir.mkdir(parents=True, exist_ok=True)
-    path = settings.results_dir / "spoken-digits.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    settings.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {settings.output}")
 
 
 if __name__ == "__main__":

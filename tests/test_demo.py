@@ -312,13 +312,19 @@ def test_a_foreign_checkpoint_is_refused(changes):
     {"dataset": {"name": "digits", "classes": ["0", "1"], "mean": [0.5], "std": [0.5]}},
     {"dataset": {"name": "digits"}},
     {"dataset": 7},
-    {"settings": {"run_name": "../outside"}},
     {"config": COLOUR, "model": VisionMamba2(**COLOUR).state_dict()},
 ])
 def test_a_checkpoint_that_does_not_fit_its_dataset_is_refused(changes, tmp_path):
     checkpoint.save(tmp_path / "odd.pt", contents(**changes))
     with pytest.raises(UserError, match="train it anew"):
         TrainedModel(tmp_path / "odd.pt", torch.device("cpu"), tmp_path, tmp_path)
+
+
+def test_a_model_is_shown_under_its_files_name_whatever_the_one_inside(tmp_path):
+    for name, run in {"mine.pt": "mine", "a b.last.pt": "a b", "a.last.pt.previous": "a"}.items():
+        checkpoint.save(tmp_path / name, contents(settings={"run_name": "../outside"}))
+        shown = TrainedModel(tmp_path / name, torch.device("cpu"), tmp_path / "runs", tmp_path)
+        assert (shown.run_name, shown.folder) == (run, tmp_path / "runs" / run / "demo")
 
 
 def test_predict_gives_every_probability_and_leaves_the_mode():

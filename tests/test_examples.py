@@ -85,8 +85,9 @@ def test_the_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(spoken_digits, "VOICES", {"train": ("m1",), "val": ("m2",), "test": ("f2",)})
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "MNIST").symlink_to(DATA_DIR / "MNIST")
-    monkeypatch.setattr(sys, "argv", ["spoken_digits.py", "--seeds", "1", "--steps", "3", "--takes", "1",
-                                      "--data-dir", str(tmp_path / "data"), "--results-dir", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["spoken_digits.py", "--seeds", "1", "--steps", "10", "--takes", "1",
+                                      "--data-dir", str(tmp_path / "data"),
+                                      "--output", str(tmp_path / "spoken-digits.json")])
     run_script(spoken_digits.main)
     found = json.loads((tmp_path / "spoken-digits.json").read_text())
     assert [run["inputs"] for run in found["runs"]] == ["image", "sound", "both"]

@@ -64,7 +64,7 @@ def place(tmp_path_factory) -> Path:
         "wide": {"config": {**CONFIG, "d_model": 16}},
         "birds": {"dataset": {**good["dataset"], "name": "birds"}},
         "two": {"dataset": {**good["dataset"], "classes": ["0", "1"]}}, "dataless": {"dataset": 7},
-        "outside": {"settings": {**run, "run_name": "../b"}}}
+        "": {}}
     for name, changes in wrong.items():
         checkpoint.save(place / f"{name}.pt", {**good, **changes})
     state = {**good, "optimizer": {}}
@@ -72,7 +72,14 @@ def place(tmp_path_factory) -> Path:
                           "winds": {"winds": "north"}, "maybe": {"augment": "maybe"}, "tree": {"lr": [1, 2]},
                           "away": {"run_name": "../b"}}.items():
         checkpoint.save(place / f"{name}.last.pt", {**state, "settings": {**run, **changes}})
-    checkpoint.save(place / "stateless.last.pt", state)
+    checkpoint.save(place / "stateless.last.pt", {**state, "settings": {**run, "run_name": "stateless"}})
+    for name in ("another", "a"):
+        checkpoint.save(place / f"{name}.last.pt", {**state, "metrics": {"epoch": 1, "train_loss": 0.5}})
+    (place / "logged" / "a").mkdir(parents=True)
+    (place / "logged" / "a" / "metrics.jsonl").write_text('{"epoch": 1, "train_loss": 0.25}\n')
+    for name, text in {"table": '{"trials": [{"trial": "table-lr=0.1"}]}', "damaged": "seven"}.items():
+        (place / "runs" / name).mkdir(parents=True)
+        (place / "runs" / name / "sweep.json").write_text(text)
     checkpoint.save(place / "checkpoints" / "good.pt", good)
     whole = (place / "checkpoints" / "good.pt").read_bytes()
     (place / "cut.pt").write_bytes(whole[:len(whole) // 2])
@@ -126,6 +133,8 @@ CASES = [  # (script, arguments, what the line says)
     ("train", "--resume maybe.last.pt", RESUMED),
     ("train", "--resume tree.last.pt", f"{RESUMED}: argument --lr"),
     ("train", "--resume away.last.pt", "--run-name '../b'"),
+    ("train", "--resume another.last.pt", "is of the run a, whose files would be written over"),
+    ("train", "--resume a.last.pt --runs-dir logged", "logged/a is of another run than a.last.pt"),
     ("train", "--resume stateless.last.pt", "does not fit this version or device"),
     ("train", "--resume stateless.last.pt --d-model 16", "a resumed run keeps its settings"),
     ("train", "--resume stateless.last.pt --device toaster", "--device: invalid choice"),
@@ -136,6 +145,7 @@ CASES = [  # (script, arguments, what the line says)
     ("demo", "--checkpoint empty", "no checkpoint at empty"),
     ("demo", "--checkpoint text.pt", "is not a checkpoint"),
     ("demo", "--checkpoint cut.pt", "damaged"),
+    ("demo", "--compare a b --image seven.png", "nothing else; leave --image out"),
     ("demo", "--checkpoint flipped.pt", "its checksum is wrong"),
     ("demo", "--checkpoint hostile.pt", "nothing in it was run"),
     ("demo", "--checkpoint pickled.pt", "is not a checkpoint"),
@@ -145,7 +155,7 @@ CASES = [  # (script, arguments, what the line says)
     ("demo", "--checkpoint birds.pt", "train it anew"),
     ("demo", "--checkpoint two.pt", "names 2 classes"),
     ("demo", "--checkpoint dataless.pt", "train it anew"),
-    ("demo", "--checkpoint outside.pt", "run name '../b'"),
+    ("demo", "--checkpoint .pt", "rename it"),
     ("demo", "--checkpoint", "--checkpoint: expected one argument"),
     ("demo", "--checkpoints-dir empty", "no .pt checkpoint in empty"),
     ("demo", "--device toaster", "--device: invalid choice"),
@@ -198,6 +208,11 @@ CASES = [  # (script, arguments, what the line says)
     ("tune", "--grid lr=1 --jobs few", "--jobs: invalid int value"),
     ("tune", "--grid lr=1 --trials 0", "--trials must be at least 1"),
     ("tune", "--grid lr=1 --trials 2 --jobs 2", "leave --jobs out"),
+    ("tune", "--grid lr=1 --name table", "has table-lr=0.1, which this grid has not, and would be replaced"),
+    ("tune", "--grid lr=1 --name damaged", "no table of this version"),
+    ("accuracy", "--name mnist-20-epochs --seeds 1", "has 2 seeds"),
+    ("accuracy", "--name mnist-20-epochs -- --epochs 1", "were trained with --epochs 20 and not 1"),
+    ("accuracy", "--name crash_test", "no seeds in"),
     ("accuracy", "", "one of --preset and --name is required"),
     ("accuracy", "--preset huge", "--preset: invalid choice"),
     ("accuracy", "--preset best --jobs 0", "--jobs must be at least 1"),
@@ -221,6 +236,10 @@ CASES = [  # (script, arguments, what the line says)
     ("scan", "--shapes 1,2,3", "must be four numbers"),
     ("scan", "--shapes 1,2,3,0", "must be four numbers"),
     ("scan", "--shapes 1,2,3,four", "must be four numbers"),
+    ("scan", "--shapes 9999999999,1,1,1", "must be four numbers"),
+    ("scan", "--device cpu --shapes 1,2,3,4", "name another file by --output"),
+    ("scan", "--device cpu --parts step", "name another file by --output"),
+    ("scan", "--device cpu --parts table", "is measured on a GPU alone"),
     ("scan", "--repeats 0", "--repeats must be at least 1"),
     ("scan", "--repeats few", "--repeats: invalid int value"),
     ("scan", "--output empty", "empty cannot be written"),
@@ -231,6 +250,11 @@ CASES = [  # (script, arguments, what the line says)
     ("architectures", "--networks perceptron", "--networks: invalid choice"),
     ("architectures", "--repeats -1", "--repeats must be at least 1"),
     ("architectures", "--output empty", "empty cannot be written"),
+    ("architectures", "--device cuda --networks lstm", "name another file by --output, or add --merge"),
+    ("architectures", "--device cpu --output logged/a/metrics.jsonl --merge", "is no file of this benchmark"),
+    ("imagenet", "--device cpu --output runs/damaged/sweep.json --merge", "is no file of this benchmark"),
+    ("crash", "--kills 1", "name another file by --output"),
+    ("crash", "--datasets mnist --data-dir wrong --output a.json", "has the wrong checksum"),
     ("crash", "--kills 0", "--kills must be at least 1"),
     ("crash", "--kills all", "--kills: invalid int value"),
     ("crash", "--datasets cats", "--datasets: invalid choice"),
@@ -239,11 +263,12 @@ CASES = [  # (script, arguments, what the line says)
     ("crash", "--device toaster", "--device: invalid choice"),
     ("crash", "--device cuda" if not torch.cuda.is_available() else "--device x", "--device"),
     ("load", "--loads all", "--loads: invalid choice"),
+    ("load", "--starts 5", "name another file by --output"),
     ("load", "--starts 4", "--starts must be at least 5"),
     ("load", "--starts many", "--starts: invalid int value"),
     ("load", "--classifications 0", "--classifications must be at least 5"),
-    ("load", "--loads pictures --checkpoint nowhere.pt", "no checkpoint at nowhere.pt"),
-    ("load", "--loads drawings --checkpoint cut.pt", "damaged"),
+    ("load", "--loads pictures --checkpoint nowhere.pt --output a.json", "no checkpoint at nowhere.pt"),
+    ("load", "--loads drawings --checkpoint cut.pt --output a.json", "damaged"),
     ("load", "--output empty", "empty cannot be written"),
     ("imagenet", "--device toaster", "--device: invalid choice"),
     ("imagenet", "--device cuda" if not torch.cuda.is_available() else "--device x", "--device"),
@@ -254,11 +279,12 @@ CASES = [  # (script, arguments, what the line says)
     ("imagenet", "--device cpu --patch-size 3", "no networks can be built with these sizes"),
     ("imagenet", "--device cpu --variants captured", "--variants captured needs --device cuda"),
     ("imagenet", "--device cpu --output file/a.json", "cannot be written; choose another file"),
+    ("spoken", "--seeds 1", "name another file by --output"),
     ("spoken", "--seeds 0", "must be 1 or more"),
     ("spoken", "--steps few", "--steps: invalid int value"),
     ("spoken", "--takes -1", "must be 1 or more"),
     ("spoken", "--data-dir file", "in file nothing can be written"),
-    ("spoken", "--results-dir file/a", "in file/a nothing can be written"),
+    ("spoken", "--output file/a", "file/a cannot be written"),
     ("spoken", "--winds", "unrecognized arguments: --winds"),
     ("tables", "--write", "unrecognized arguments: --write"),
     ("tables", "--check north", "unrecognized arguments: north"),
