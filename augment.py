@@ -18,7 +18,8 @@ KINDS = ("none", "affine", "elastic")
 
 
 def augment(images: Tensor, kind: str, generator: torch.Generator, strength: float = 1.0,
-            flip: bool = False, erase: float = 0.0) -> Tensor:
+            flip: bool = False, erase: float = 0.0, batch: int | None = None,
+            part: slice = slice(None)) -> Tensor:
     """What training does to a batch before it is normalised: (b, C, H, W) uint8 → float32 in [0, 1].
 
     kind       "none"; "affine": `random_affine`; "elastic": that and, in the same sampling, `elastic_field`
@@ -26,6 +27,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, strength: flo
     strength   multiplies the range of every movement
     flip       whether images are mirrored at random, too, unless `kind` is "none"
     erase      the fraction of the images that `random_erase` takes a rectangle from
+    batch, part  see `random_erase`; for the kind "none"
 
     Raises ValueError for another kind.
     """
@@ -39,7 +41,7 @@ def augment(images: Tensor, kind: str, generator: torch.Generator, strength: flo
                                (1 - 0.1 * strength, 1 + 0.1 * strength), 5 * strength, field)
         if flip:
             images = random_flip(images, generator)
-    return random_erase(images, generator, erase) if erase else images
+    return random_erase(images, generator, erase, batch, part) if erase else images
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -123,14 +125,18 @@ def elastic_field(b: int, height: int, width: int, generator: torch.Generator, s
     return strength * math.sqrt(height * width) * field
 
 
-def random_erase(images: Tensor, generator: torch.Generator, probability: float) -> Tensor:
+def random_erase(images: Tensor, generator: torch.Generator, probability: float, batch: int | None = None,
+                 part: slice = slice(None)) -> Tensor:
     """A rectangle of 2 to 20% of the area taken out of a fraction of the images (arXiv 1708.04896).
 
     images (b, C, H, W) float32 in [0, 1]; what is taken out becomes 0, the background before normalisation.
+    Where they are a `part` of a `batch` of so many images it is drawn for all of them, so that the random
+    numbers do not depend on how it is shared.
     """
     b, _, height, width = images.shape
     device = images.device
-    chosen, area, aspect, down, right = torch.rand(5, b, 1, 1, generator=generator, device=device)
+    drawn = torch.rand(5, b if batch is None else batch, 1, 1, generator=generator, device=device)
+    chosen, area, aspect, down, right = drawn[:, part]
     area = (0.02 + 0.18 * area) * height * width
     aspect = torch.exp((2 * aspect - 1) * math.log(3))
     half_height, half_width = (area * aspect).sqrt() / 2, (area / aspect).sqrt() / 2

@@ -63,7 +63,8 @@ class CapturedStep:
             graph.register_generator_state(generator)
         # They never run at the same time, so that one's memory serves them all.
         pool = next((other.graph.pool() for other in self.captured.values()), None)
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads may do what a capture forbids, such as pinning the memory of pictures to come.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             results = self.function(*inputs)
         return Captured(graph, inputs, results)
 

@@ -27,12 +27,15 @@ MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "workers", "device", "runs_dir", "
 def parse_arguments(given: Sequence[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
     """What the flags `given` mean (None: those of the command line), and for the others the preset.
 
-    `saved` settings, of a run to be resumed, take the preset's place. Raises UserError for a wrong flag.
+    `saved` settings, of a run to be resumed, take the preset's place; flags that are gone since may have been
+    off. Raises UserError for a wrong flag.
     """
     given = sys.argv[1:] if given is None else given
     parser = argument_parser()
     if saved is not None:
-        return parser.parse_args([*as_flags(saved), *given])
+        there = vars(parser.parse_args([]))
+        return parser.parse_args([*as_flags({name: value for name, value in saved.items()
+                                             if name in there or not is_off(value)}), *given])
     parser.set_defaults(**PRESETS[parser.parse_args(given).preset].settings)
     return parser.parse_args(given)
 
@@ -54,7 +57,10 @@ def as_flags(settings: dict) -> list[str]:
 
 
 def differences(saved: dict, settings: argparse.Namespace) -> dict[str, tuple]:
-    """A run's settings that are not those `saved`, each as (saved, now); a newer flag had its default."""
+    """A run's settings that are not those `saved`, each as (saved, now); a newer flag had its default.
+
+    One that is gone since counts as None now, unless it was off.
+    """
     defaults = parse_arguments([])
     fill_in(defaults)
     found = {}
@@ -63,7 +69,13 @@ def differences(saved: dict, settings: argparse.Namespace) -> dict[str, tuple]:
         there = tuple(there) if isinstance(there, list) else there  # JSON has no tuples
         if name not in MAY_CHANGE_ON_RESUME | {"run_name"} and there != value:
             found[name] = there, value
-    return found
+    return found | {name: (value, None) for name, value in saved.items()
+                    if name not in vars(defaults) and not is_off(value)}
+
+
+def is_off(value: object) -> bool:
+    """Whether a flag of that value did nothing, so that a run is the same where the flag is gone."""
+    return value in (None, False, 0)
 
 
 def argument_parser() -> ArgumentParser:
@@ -132,7 +144,7 @@ def argument_parser() -> ArgumentParser:
     add("--flip", action=argparse.BooleanOptionalAction, default=None,
         help="mirror training images at random, unless --augment is none (None: for fashion-mnist and CIFAR)")
     add("--augment-strength", type=non_negative_float, metavar="FACTOR", default=1.0,
-        help="multiplies the range of all these movements")
+        help="multiplies the range of all these movements, but for the crops of streamed images")
     add("--erase", type=fraction, metavar="RATE", default=0.0,
         help="fraction of the training images that lose a random rectangle")
     add("--ema", type=fraction, metavar="DECAY", default=0.0,

@@ -30,7 +30,6 @@ import evaluate
 import explain
 from errors import UserError
 from picture_file import MAX_PIXELS
-from pictures import prepare_grey, prepare_picture
 from trained import TrainedModel
 
 ADDRESS = "127.0.0.1"
@@ -66,7 +65,7 @@ class Answers:
         if grey.max() == 0:
             return message("draw a digit, or drop a picture of one")
         try:
-            return self.show(prepare_grey(grey, self.trained.shape[1], "the canvas"), None, started)
+            return self.show(self.trained.drawing(grey, "the canvas"), None, started)
         except UserError as error:
             return message(str(error))
 
@@ -74,13 +73,13 @@ class Answers:
         """Of a picture file, and the image that the model saw."""
         started = time.perf_counter()
         try:
-            image = prepare_picture(path, self.trained.shape[1])
+            image = self.trained.picture(path)
         except UserError as error:
             return message(str(error).replace(str(path), name)), None
         return self.show(image, None, started), image
 
     def random_digit(self) -> tuple[str, Tensor]:
-        return self._test_digit(int(self.random.integers(len(self.trained.dataset.test.labels))))
+        return self._test_digit(int(self.random.integers(len(self._test().labels))))
 
     def hard_digit(self) -> tuple[str, Tensor]:
         """The test images that the model is least right about, one after the other."""
@@ -95,8 +94,13 @@ class Answers:
             self.asked += 1
         return self._test_digit(number)
 
+    def _test(self) -> data.Split:
+        """The test set, which the first of several calls loads."""
+        with self.lock:
+            return self.trained.dataset.test
+
     def _test_digit(self, number: int) -> tuple[str, Tensor]:
-        images, labels = self.trained.dataset.test
+        images, labels = self._test()
         started = time.perf_counter()
         return self.show(images[number:number + 1], int(labels[number]), started), images[number:number + 1]
 

@@ -128,7 +128,7 @@ class _Reader(torch.utils.data.Dataset):
             return files[number]
         path, (height, width) = files.path(number), files.size
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed + number)
+            torch.default_generator.manual_seed(self.seed + number)  # torch.manual_seed sets the GPUs', too
             if files.cropped:
                 # The smallest crop has half of the picture's sides.
                 return files.transform(to_rgb(open_picture(path, least=(2 * width, 2 * height))))

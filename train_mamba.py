@@ -152,7 +152,8 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     dataset = distributed.first_alone(
         lambda: data.load(settings.dataset, settings.data_dir, device, settings.limit_train,
                           settings.image_size, settings.memory_budget, settings.workers,
-                          settings.augment != "none", settings.flip, hold_out=not settings.train_on_all))
+                          settings.augment != "none", settings.flip and settings.augment != "none",
+                          hold_out=not settings.train_on_all))
     if resumed and list(resumed["dataset"]["classes"]) != list(dataset.classes):
         raise UserError(f"{settings.resume} tells {data.names(resumed['dataset']['classes'])} apart, but "
                         f"{settings.data_dir} has {data.names(dataset.classes)}; give the folder that it was "

@@ -20,7 +20,7 @@ import data
 import evaluate
 from errors import UserError
 from picture_file import read_rgb
-from pictures import prepare_picture
+from pictures import prepare_grey, prepare_picture
 
 
 class TrainedModel:
@@ -76,7 +76,14 @@ class TrainedModel:
         """A picture file as the model knows its images: (1, C, H, W) uint8. Raises UserError."""
         if not self.entry.drawn:
             return torch.from_numpy(read_rgb(Path(path), self.shape[1:])[None].copy())
-        return resize(prepare_picture(path, self.entry.image_size), list(self.shape[1:]), antialias=True)
+        return self._sized(prepare_picture(path, self.entry.image_size))
+
+    def drawing(self, grey: np.ndarray, name: str) -> Tensor:
+        """A digit (H, W) float32 of 0 to 255, likewise; `name` is what a UserError calls it."""
+        return self._sized(prepare_grey(grey, self.entry.image_size, name))
+
+    def _sized(self, digit: Tensor) -> Tensor:
+        return resize(digit, list(self.shape[1:]), antialias=True)
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:

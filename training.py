@@ -126,7 +126,7 @@ class Training:
                 due = (look and time.monotonic() - saved >= int(every[:-1]) if by_the_clock
                        else self.step % int(every) == 0)
                 if look or due:
-                    reading = Reading(self, loss / len(images), norm)
+                    reading = Reading(self, loss / len(labels), norm)
                 # Several processes must see at the same step that a loss is no number.
                 if reading is not None and (last or stopping or due or distributed.size() > 1):
                     self.report(reading, started, log, bar)
@@ -159,13 +159,15 @@ class Training:
 
     def update(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What the device does in a step: augment, forward, backward, clip, update, add to the sums."""
-        kind = "none" if self.dataset.streamed else self.settings.augment  # the workers have done it
-        images = augment.augment(images, kind, self.augmentation, self.settings.augment_strength,
-                                 self.settings.flip, self.settings.erase)
+        settings, part = self.settings, distributed.part(len(labels))
+        if self.dataset.streamed:  # each process reads its own part, and the workers have moved it
+            images = augment.augment(images, "none", self.augmentation, erase=settings.erase,
+                                     batch=len(labels), part=part.images)
+        else:
+            images = augment.augment(images, settings.augment, self.augmentation, settings.augment_strength,
+                                     settings.flip, settings.erase)[part.images]
         images = augment.normalize(images, self.dataset.mean, self.dataset.std)
-        part = distributed.part(len(labels))
         labels = labels[part.images]
-        images = images if self.dataset.streamed else images[part.images]
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             logits = self.network(images)
             loss = F.cross_entropy(logits, self.targets(images, labels))

@@ -158,7 +158,7 @@ def norm_backward(dout: Tensor, dy: Tensor, x: Tensor, weight: Tensor, eps: floa
     tiles = triton.cdiv(rows, tile["ROWS"])
     each = triton.cdiv(tiles, BACKWARD_PROGRAMS)
     programs = triton.cdiv(tiles, each)
-    sums = torch.empty(programs, 2 * d, device=x.device)
+    sums = torch.empty(programs, 2 * d, device=x.device, dtype=torch.float32)
     norm_backward_kernel[(programs,)](x, weight, dout, dy, dx, sums, rows, each, height, width, eps, d,
                                       **_order(direction), **tile, num_warps=BACKWARD_WARPS)
     return dx, *sum_rows(sums, d)
@@ -171,7 +171,7 @@ def norm_mean(x: Tensor, eps: float) -> Tensor:
     tiles = triton.cdiv(l, tile["ROWS"])
     each = triton.cdiv(tiles, triton.cdiv(PROGRAMS, max(1, b)))
     parts = triton.cdiv(tiles, each)
-    sums = torch.empty(b, parts, d, device=x.device)
+    sums = torch.empty(b, parts, d, device=x.device, dtype=torch.float32)
     norm_mean_kernel[(b, parts)](x, sums, l, each, eps, d, **tile)
     return sums.sum(dim=1)
 

@@ -51,7 +51,7 @@ def causal_conv_silu_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     image = x.transpose(1, 2).unsqueeze(2)                                            # (b, e, 1, l)
     image = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, taps - 1), groups=weight.shape[0])
-    return F.silu(image[..., :x.shape[1]].squeeze(2).transpose(1, 2))
+    return F.silu(image[..., :x.shape[1]].squeeze(2).transpose(1, 2)).to(x.dtype)  # autocast's is another
 
 
 def _choose(x: Tensor) -> str:
@@ -69,7 +69,8 @@ def _choose(x: Tensor) -> str:
 
 @torch.library.custom_op("vision_mamba2::causal_conv_silu", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str) -> Tensor:
-    return importlib.import_module(MODULES[implementation]).forward(x, weight, bias)
+    with torch.cuda.device_of(x):  # where Triton launches its kernels
+        return importlib.import_module(MODULES[implementation]).forward(x, weight, bias)
 
 
 @_forward.register_fake

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selective_scan.cpu import sequences
+from selective_scan.cpu import empty, sequences, zeros
 from selective_scan.numba_math import kernel, sigmoid
 from selective_scan.tasks import blocks, run, slices
 
@@ -71,7 +71,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     b, l, e = x.shape
     (values,), strides = sequences(x)
     taps, shift = _weights(weight, bias)
-    out = torch.empty(b, l, e)
+    out = empty(b, l, e)
 
     def task(items: range, channels: slice) -> None:
         forward_task(items.start, items.stop, channels.start, l, strides, values,
@@ -88,10 +88,10 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     b, l, e = x.shape
     given, strides = sequences(dout, x)
     taps, shift = _weights(weight, bias)
-    own_dx = dx if dx.dtype == torch.float32 else torch.empty(b, l, e)
+    own_dx = dx if dx.dtype == torch.float32 else empty(b, l, e)
     of_batch = slices(b)
-    dweight = torch.zeros(len(of_batch), *taps.shape)
-    dbias = torch.zeros(len(of_batch), e)
+    dweight = zeros(len(of_batch), *taps.shape)
+    dbias = zeros(len(of_batch), e)
 
     def task(index: int, items: range, channels: slice) -> None:
         own_dweight = np.zeros_like(taps[:, channels])
@@ -109,5 +109,5 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
 
 def _weights(weight: Tensor, bias: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     """Weight as (w, e) and bias as (e,), zero where absent."""
-    shift = torch.zeros(len(weight)) if bias is None else bias.detach().float().contiguous()
+    shift = zeros(len(weight)) if bias is None else bias.detach().float().contiguous()
     return weight.detach().float().squeeze(1).T.contiguous().numpy(), shift.numpy()

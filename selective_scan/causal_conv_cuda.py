@@ -233,7 +233,7 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     dout, x, weight = _rows(dout), _rows(x), _layout(weight)
     (b, l, e), taps = x.shape, weight.shape[1]
     segments = triton.cdiv(l, SEGMENT)
-    sums = torch.empty(b * segments, (taps + 1) * e, device=x.device)
+    sums = torch.empty(b * segments, (taps + 1) * e, device=x.device, dtype=torch.float32)
     grid = (triton.cdiv(e, BLOCK) * b * segments,)
     if taps > FEW:
         wide_backward_kernel[grid](

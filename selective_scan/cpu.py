@@ -178,9 +178,9 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     n = A.shape[1]
     inputs, strides = sequences(u, delta, B, C, z)
     weights = _weights(A, D, delta_bias)
-    out = torch.empty(b, l, e)
-    last_state = torch.empty(b, n, e)
-    checkpoints = torch.empty(b, (l - 1) // CHUNK if save else 0, n, e)
+    out = empty(b, l, e)
+    last_state = empty(b, n, e)
+    checkpoints = empty(b, (l - 1) // CHUNK if save else 0, n, e)
     results = [tensor.numpy() for tensor in (out, last_state, checkpoints)]
 
     def task(items: range, channels: slice) -> None:
@@ -205,14 +205,14 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
     weights = _weights(A, D, delta_bias)
     of_batch, of_channels = slices(b), blocks(e)
     if dlast_state is None:
-        dlast_state = torch.zeros(b, n, e)
+        dlast_state = zeros(b, n, e)
     given = [tensor.float().contiguous().numpy() for tensor in (checkpoints, dout, dlast_state)]
-    du, ddelta = torch.empty(b, l, e), torch.empty(b, l, e)
-    dz = torch.empty(b, l, e) if z is not None else None
+    du, ddelta = empty(b, l, e), empty(b, l, e)
+    dz = empty(b, l, e) if z is not None else None
     # Sums over channels are kept for each block, sums over the batch for each slice, then added in order.
-    dB, dC = torch.empty(len(of_channels), b, l, n), torch.empty(len(of_channels), b, l, n)
-    dA = torch.zeros(len(of_batch), n, e)
-    dD, dbias = torch.zeros(2, len(of_batch), e)
+    dB, dC = empty(len(of_channels), b, l, n), empty(len(of_channels), b, l, n)
+    dA = zeros(len(of_batch), n, e)
+    dD, dbias = zeros(2, len(of_batch), e)
 
     def task(slice_index: int, items: range, block_index: int, channels: slice) -> None:
         u, delta, B, C, z = inputs
@@ -266,9 +266,19 @@ def sequences(*tensors: Tensor | None) -> tuple[list[np.ndarray], np.ndarray]:
     return arrays, np.array(strides, np.int64)
 
 
+def empty(*shape: int) -> Tensor:
+    """float32 on the CPU, whatever PyTorch's defaults are, which a caller may have set."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def zeros(*shape: int) -> Tensor:
+    """As `empty`."""
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
+
+
 def _weights(A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> list[np.ndarray]:
     """A·log₂e as (n, e), D and Δ bias as (e,), zero where absent: what the kernels read."""
     A2 = (A.detach().float() * float(LOG2_E)).T.contiguous()
-    zeros = torch.zeros(A.shape[0])
-    return [A2.numpy(), *((zeros if weight is None else weight.detach().float().contiguous()).numpy()
+    absent = zeros(A.shape[0])
+    return [A2.numpy(), *((absent if weight is None else weight.detach().float().contiguous()).numpy()
                           for weight in (D, delta_bias))]

@@ -749,6 +749,7 @@ def sum_projected_kernel(projected_sums, dB, dC, blocks, size, dB_l, dC_l, N_STA
                          COLUMNS: constexpr, TILE: constexpr):
     """∂B and ∂C, rows dB_l and dC_l apart, from those of each channel block, (blocks, 2, size)."""
     column = gl.program_id(0).to(gl.int64) * COLUMNS + arange(COLUMNS, TILE)
+    size = gl.program_id(0).to(gl.int64) * 0 + size  # twice of it may not fit into 32 bits
     inside = column < 2 * size
     total = (column * 0).to(gl.float32)
     for _ in range(blocks):
@@ -776,7 +777,7 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
     u, delta, B, C, z = map(_rows, (u, delta, B, C, z))
     A, D, delta_bias = map(_contiguous, (A, D, delta_bias))
     out = torch.empty(b, l, e, device=u.device, dtype=u.dtype)
-    last_state = torch.empty(b, n, e, device=u.device)
+    last_state = torch.empty(b, n, e, device=u.device, dtype=torch.float32)
     checkpoints = torch.empty(b, (l - 1) // chunk if save else 0, n, e, device=u.device, dtype=kept)
     plan = _plan(b, l, e, n, chunk, backward=False)
     segments = triton.cdiv(l, plan.segment)
@@ -828,7 +829,7 @@ def backward_into(du: Tensor, ddelta: Tensor, dB: Tensor, dC: Tensor, dz: Tensor
                          reverse=True)
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, device=u.device)
+        return torch.empty(shape, device=u.device, dtype=torch.float32)
 
     # What each program has of ∂A, ∂D and ∂Δ bias, and each channel block of ∂B and ∂C.
     programs = triton.cdiv(b, plan.items) * segments
@@ -864,8 +865,8 @@ def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_s
     segments = triton.cdiv(l, segment)
     plan = _plan(b, l, e, n, CHUNK, backward=False)
     plan = plan._replace(segment=segment)
-    carried, entering = torch.empty(2, b, segments, n, e, device=u.device)
-    delta_sums = torch.empty(b, segments, e, device=u.device)
+    carried, entering = torch.empty(2, b, segments, n, e, device=u.device, dtype=torch.float32)
+    delta_sums = torch.empty(b, segments, e, device=u.device, dtype=torch.float32)
     unit = _unit(u, delta, B, C, z, dout)
     segment_kernel[(triton.cdiv(e, plan.block), b * (segments - 1))](
         u, delta, A, B, C, u if z is None else z, A if delta_bias is None else delta_bias, dout, carried,

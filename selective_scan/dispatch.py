@@ -116,7 +116,8 @@ def run_implementation(
 def _forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
              delta_bias: Tensor | None, delta_softplus: bool, save: bool,
              implementation: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _module(implementation).forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save)
+    with torch.cuda.device_of(u):  # where Triton launches its kernels
+        return _module(implementation).forward(u, delta, A, B, C, D, z, delta_bias, delta_softplus, save)
 
 
 @_forward.register_fake

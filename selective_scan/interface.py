@@ -39,17 +39,30 @@ def selective_scan_fn(
     """
     if A.is_complex():
         raise TypeError(f"A must be real, but is {A.dtype}; complex A is not supported")
-    for name, tensor, dims in (("u", u, (3,)), ("delta", delta, (3,)), ("A", A, (2,)), ("B", B, (2, 3, 4)),
-                               ("C", C, (2, 3, 4)), ("z", z, (3,))):
-        if tensor is not None and tensor.dim() not in dims:
-            raise ValueError(f"{name} must have {' or '.join(map(str, dims))} dimensions, "
-                             f"but has shape {tuple(tensor.shape)}")
+    _check(u, delta, A, B, C, D, z, delta_bias)
     u, delta = u.transpose(1, 2), delta.transpose(1, 2)
     z = None if z is None else z.transpose(1, 2)
     scan = _constant if B.dim() == 2 or C.dim() == 2 else _grouped
     out, last_state = scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     out = out.transpose(1, 2)
     return (out, last_state) if return_last_state else out
+
+
+def _check(u, delta, A, B, C, D, z, delta_bias) -> None:
+    """Raise ValueError for shapes that do not fit: what is too much would be cut off, a one be repeated."""
+    if u.dim() != 3 or A.dim() != 2:
+        raise ValueError(f"u must have 3 dimensions and A 2, but they have shapes {tuple(u.shape)} and "
+                         f"{tuple(A.shape)}")
+    b, e, l = u.shape
+    n = A.shape[1]
+    groups = [tensor.shape[1] for tensor in (B, C) if tensor.dim() == 4]
+    varying = [(e, n), (b, n, l), *((b, count, n, l) for count in groups if count and e % count == 0)]
+    for name, tensor, shapes in (("delta", delta, [(b, e, l)]), ("A", A, [(e, n)]), ("B", B, varying),
+                                 ("C", C, varying), ("D", D, [(e,)]), ("z", z, [(b, e, l)]),
+                                 ("delta_bias", delta_bias, [(e,)])):
+        if tensor is not None and tuple(tensor.shape) not in shapes:
+            raise ValueError(f"{name} must have shape {' or '.join(map(str, shapes))}, but has "
+                             f"{tuple(tensor.shape)}")
 
 
 def _grouped(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tensor, Tensor]:
@@ -80,6 +93,7 @@ def _constant(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tens
     """
     b, l, e = u.shape
     n = A.shape[1]
+    given, u = u.dtype, u.to(torch.promote_types(u.dtype, torch.float32))  # states, as ever, are not of half
 
     def weights(tensor: Tensor) -> Tensor:
         """What the states (b, l, e, n) are multiplied by."""
@@ -101,5 +115,5 @@ def _constant(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tens
     if D is not None:
         y = y + D * u
     if z is not None:
-        y = y * torch.nn.functional.silu(z)
-    return y.to(u.dtype), states[:, -1]
+        y = y * torch.nn.functional.silu(z.to(u.dtype))
+    return y.to(given), states[:, -1]

@@ -82,17 +82,18 @@ def _forward(x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, sc
     from selective_scan import block_cuda, cuda
 
     given = Weights(in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj)
-    A, matrices = -torch.exp(A_log.float()), _cast(given, dtype)
-    weights = _with(given, matrices)
-    sequence = _enter(x, norm_weight, norm_bias, eps, direction, dtype)
-    xz, u, _, delta, B, C = _project(sequence, weights)
-    chunk, kept = _checkpoints(dtype)
-    out, _, checkpoints = cuda.forward(u, delta, A, B, C, D, xz.chunk(2, dim=-1)[1], dt_bias, True, True,
-                                       chunk, kept)
-    branch = out @ weights.out_proj.T
-    if norm_weight is None:
-        return branch.view(x.shape), checkpoints, A, matrices
-    return block_cuda.add_residual(x, branch, scale, direction), checkpoints, A, matrices
+    with torch.cuda.device_of(x):  # where Triton launches its kernels
+        A, matrices = -torch.exp(A_log.float()), _cast(given, dtype)
+        weights = _with(given, matrices)
+        sequence = _enter(x, norm_weight, norm_bias, eps, direction, dtype)
+        xz, u, _, delta, B, C = _project(sequence, weights)
+        chunk, kept = _checkpoints(dtype)
+        out, _, checkpoints = cuda.forward(u, delta, A, B, C, D, xz.chunk(2, dim=-1)[1], dt_bias, True,
+                                           True, chunk, kept)
+        branch = out @ weights.out_proj.T
+        if norm_weight is None:
+            return branch.view(x.shape), checkpoints, A, matrices
+        return block_cuda.add_residual(x, branch, scale, direction), checkpoints, A, matrices
 
 
 @_forward.register_fake

@@ -44,7 +44,8 @@ def norm_mean_plain(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
 def _forward(x: Tensor, eps: float) -> Tensor:
     from selective_scan import block_cuda
 
-    return block_cuda.norm_mean(x, eps)
+    with torch.cuda.device_of(x):  # where Triton launches its kernels
+        return block_cuda.norm_mean(x, eps)
 
 
 @_forward.register_fake

@@ -37,7 +37,7 @@ def forward(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
                 checkpoints[piece, start // CHUNK - 1] = h
             now = slice(start, start + CHUNK)
             _, hs = _states(h, u_[:, now], delta_[:, now], A.to(dtype), B_[:, now])
-            y[piece, now] = torch.einsum("blne,bln->ble", hs, C_[:, now])
+            y[piece, now] = _einsum("blne,bln->ble", hs, C_[:, now])
             h = hs[:, -1]
         last_state[piece] = h
     if D is not None:
@@ -73,28 +73,34 @@ def backward(dout: Tensor, dlast_state: Tensor | None, u: Tensor, delta: Tensor,
             h = checkpoints[piece, start // CHUNK - 1] if start > 0 else torch.zeros_like(g)
             decay, hs = _states(h, u_[:, now], delta_[:, now], A, B_[:, now])
             if z is not None:
-                y = torch.einsum("blne,bln->ble", hs, C_[:, now])
+                y = _einsum("blne,bln->ble", hs, C_[:, now])
                 if D is not None:
                     y = y + D.to(dtype) * u_[:, now]
                 dz[piece, now] = dout_[:, now] * y * gate[:, now] * (1 + z_[:, now] * (1 - gate[:, now]))
             # g_t = ∂loss/∂h_t = C_t ∂y_t + exp(Δ_{t+1} A) g_{t+1}
-            gs = torch.einsum("ble,bln->blne", dy[:, now], C_[:, now])
+            gs = _einsum("ble,bln->blne", dy[:, now], C_[:, now])
             for t in range(gs.shape[1] - 1, -1, -1):
                 g = gs[:, t].add_(g) * decay[:, t]
             before = torch.cat([h[:, None], hs[:, :-1]], dim=1)
             d_exponent = decay.mul_(before).mul_(gs)
-            d_input = torch.einsum("blne,bln->ble", gs, B_[:, now])
+            d_input = _einsum("blne,bln->ble", gs, B_[:, now])
             du[piece, now] = d_input * delta_[:, now]
-            ddelta[piece, now] = d_input * u_[:, now] + torch.einsum("blne,en->ble", d_exponent, A)
-            dA += torch.einsum("blne,ble->en", d_exponent, delta_[:, now])
-            dB[piece, now] = torch.einsum("blne,ble->bln", gs, delta_[:, now] * u_[:, now])
-            dC[piece, now] = torch.einsum("blne,ble->bln", hs, dy[:, now])
+            ddelta[piece, now] = d_input * u_[:, now] + _einsum("blne,en->ble", d_exponent, A)
+            dA += _einsum("blne,ble->en", d_exponent, delta_[:, now])
+            dB[piece, now] = _einsum("blne,ble->bln", gs, delta_[:, now] * u_[:, now])
+            dC[piece, now] = _einsum("blne,ble->bln", hs, dy[:, now])
         ddelta[piece] *= slope
         dbias += ddelta[piece].sum((0, 1))
         dD += (dy * u_).sum((0, 1))
         if D is not None:
             du[piece].addcmul_(dy, D.to(dtype))
     return du, ddelta, dA, dB, dC, None if D is None else dD, dz, None if delta_bias is None else dbias
+
+
+def _einsum(equation: str, *tensors: Tensor) -> Tensor:
+    """In the tensors' own dtype, where autocast would have it in half precision."""
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        return torch.einsum(equation, *tensors)
 
 
 def _step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool) -> tuple[Tensor, Tensor | float]:

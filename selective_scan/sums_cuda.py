@@ -36,9 +36,9 @@ def sum_rows(x: Tensor, split: int) -> tuple[Tensor, Tensor]:
     columns = triton.cdiv(width, COLUMNS)
     parts = triton.cdiv(rows, PART)
     if parts > 2:
-        sums, part = torch.empty(parts, width, device=x.device), triton.cdiv(rows, parts)
+        sums, part = torch.empty(parts, width, device=x.device, dtype=torch.float32), triton.cdiv(rows, parts)
         sum_rows_kernel[(columns, parts)](x, sums, sums, rows, width, width, part, ROWS=ROWS, COLUMNS=COLUMNS)
         return sum_rows(sums, split)
-    out, rest = torch.empty(split, device=x.device), torch.empty(width - split, device=x.device)
+    out, rest = (torch.empty(size, device=x.device, dtype=torch.float32) for size in (split, width - split))
     sum_rows_kernel[(columns, 1)](x, out, rest, rows, width, split, rows, ROWS=ROWS, COLUMNS=COLUMNS)
     return out, rest

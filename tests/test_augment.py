@@ -162,3 +162,16 @@ def test_augment_does_what_its_kind_says(device):
     torch.testing.assert_close(nothing, still, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="no augmentation 'shake'"):
         augment.augment(images, "shake", seeded(0, device))
+
+
+def test_a_part_of_a_batch_is_erased_as_the_whole_is(device):
+    """However it is shared, the processes' generators stay the same."""
+    images = torch.rand(9, 1, 12, 12, device=device)
+    generator = seeded(0, device)
+    whole, after = augment.random_erase(images, generator, 0.9), generator.get_state()
+    assert not torch.equal(whole, images)
+    for part in (slice(0, 5), slice(5, 9)):
+        generator = seeded(0, device)
+        own = augment.augment(images[part], "none", generator, erase=0.9, batch=9, part=part)
+        assert torch.equal(own, whole[part])
+        assert torch.equal(generator.get_state(), after)

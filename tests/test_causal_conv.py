@@ -42,6 +42,21 @@ def test_output_and_every_gradient(shape, dtype, with_bias, seed):
             assert (got.double() - expected).norm() < TOLERANCE[dtype] * expected.norm()
 
 
+def test_pytorchs_default_dtype_and_autocast_change_no_bit(seed):
+    tensors = [torch.randn(2, 5, 3), torch.randn(3, 1, 4), torch.randn(3)]
+    weights = torch.randn(2, 5, 3)
+    expected = results(causal_conv_silu, tensors, weights)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = results(causal_conv_silu, tensors, weights)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, got, expected))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, results(causal_conv_silu, tensors, weights), expected))
+        assert causal_conv_silu_plain(*tensors).dtype == torch.float32
+
+
 def test_float64_is_exact(seed):
     tensors = [torch.randn(2, 5, 3), torch.randn(3, 1, 4), torch.randn(3)]
     leaves = [tensor.double().requires_grad_() for tensor in tensors]

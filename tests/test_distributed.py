@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -161,6 +162,25 @@ def test_two_processes_train_as_one(one, two):
     assert {path.name for path in (place / "checkpoints").iterdir()} == {
         "run.pt", "run.last.pt", "run.last.pt.previous"}
     assert len(list((place / "runs" / "run").glob("events*"))) == 2, "one writer; the second is of HParams"
+
+
+def test_two_processes_stream_and_erase_as_one(tmp_path):
+    for number in range(27):
+        place = tmp_path / "pictures" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (9 * number, 90, 250 - 9 * number)).save(place / f"{number}.png")
+    flags = [*SMALL[SMALL.index("--batch-size"):SMALL.index("--limit-train")], "--dataset", "folder",
+             "--data-dir", tmp_path / "pictures", "--image-size", 16, "--epochs", 2, "--batch-size", 9,
+             "--memory-budget", 0, "--workers", 0, "--erase", 0.9, "--no-augment", "--run-name", "run"]
+    for name in "12":
+        (tmp_path / name).mkdir()
+    train_here(tmp_path / "1", *flags)
+    train(tmp_path / "2", 2, *flags, code="")
+    (one, two), (curve_one, curve_two) = ([read(tmp_path / name) for name in "12"]
+                                          for read in (metrics, curve))
+    for losses, expected in (([line["train_loss"] for line in run] for run in (two, one)),
+                             ([value for _, value in points] for points in (curve_two, curve_one))):
+        assert losses == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("then", [1, 2])

@@ -48,6 +48,18 @@ def test_every_layout_of_b_and_c(dims, device):
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
 
 
+@pytest.mark.parametrize("varying", [{}, {"C": torch.full((1, 1, 3), 1e-3)}], ids=["constant", "C varies"])
+def test_constant_ones_keep_their_states_in_float32(varying, device):
+    """u · B is beyond float16, what comes of it is not."""
+    u, C = torch.full((1, 1, 3), 300.0), torch.full((1, 1), 1e-3)
+    given = {"u": u, "delta": u / 300, "A": -torch.ones(1, 1), "B": u, "C": C, **varying}
+    given = {name: tensor.half().to(device) for name, tensor in given.items()}
+    out, state = selective_scan_fn(**given, return_last_state=True)
+    exact = selective_scan_fn(**{name: tensor.double() for name, tensor in given.items()})
+    assert (out.dtype, state.dtype) == (torch.float16, torch.float32)
+    torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=0)
+
+
 def test_a_transposed_view_is_read_without_a_copy(device):
     u = torch.randn(b, l, e, device=device).transpose(1, 2)
     assert selective_scan_fn(u, u, -torch.rand(e, n, device=device), torch.randn(b, n, l, device=device),
@@ -57,8 +69,14 @@ def test_a_transposed_view_is_read_without_a_copy(device):
 
 @pytest.mark.parametrize(("change", "error", "words"), [
     ({"A": torch.randn(e, n, dtype=torch.complex64)}, TypeError, "A must be real"),
-    ({"B": torch.randn(b, 4, n, l)}, ValueError, "groups"),
-    ({"u": torch.randn(b, e)}, ValueError, r"u must have 3 dimensions, but has shape \(2, 6\)"),
+    ({"B": torch.randn(b, 4, n, l)}, ValueError, "B must have shape"),
+    ({"B": torch.randn(b, 2, n, l), "C": torch.randn(b, 3, n, l)}, ValueError, "2 groups of B and 3 of C"),
+    ({"u": torch.randn(b, e)}, ValueError, r"u must have 3 dimensions .* shapes \(2, 6\)"),
+    ({"A": -torch.rand(2 * e, n)}, ValueError, r"A must have shape \(6, 4\)"),
+    *(({name: torch.randn(shape), **constant}, ValueError, f"{name} must have shape")
+      for constant in ({}, {"C": torch.randn(e, n)})
+      for name, shape in {"delta": (b, 2 * e, l), "z": (1, e, l), "D": (1,), "delta_bias": (2 * e,),
+                          "B": (1, n)}.items()),
 ])
 def test_what_does_not_fit_is_named(change, error, words):
     arguments = {"u": torch.randn(b, e, l), "delta": torch.rand(b, e, l), "A": -torch.rand(e, n),

@@ -369,6 +369,24 @@ def test_the_number_of_threads_changes_no_bit(name, threads):
 
 
 @for_each_implementation
+def test_pytorchs_default_dtype_and_autocast_change_no_bit(name):
+    """A model may be built, and its mixer called, within either."""
+    inputs = random_inputs((2, 19, 6, 4))
+    expected, cotangents = run(name, inputs)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        torch.set_default_dtype(dtype)
+        try:
+            got, _ = run(name, inputs, cotangents=cotangents)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert_identical(got, expected, f"{dtype} by default")
+    if name != "reference":
+        with torch.autocast(DEVICE, torch.bfloat16):
+            got, _ = run(name, inputs, cotangents=cotangents)
+        assert_identical(got, expected, "autocast")
+
+
+@for_each_implementation
 def test_no_grad_and_inference_mode(name):
     inputs = random_inputs(SMALL)
     expected = run_implementation(name, **{key: tensor.requires_grad_() for key, tensor in inputs.items()})

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -68,6 +69,17 @@ def test_a_drawing_is_answered_with_probabilities_and_maps(tiny, seed):
     assert answer.count("<img") == 3 and "block 1 →" in answer and "block 2 ↓" in answer
     shown = [float(value) for value in re.findall(r"<span>([\d.]+)%</span></div>", answer)]
     assert sum(shown) == pytest.approx(100, abs=1)
+
+
+def test_a_drawing_of_another_size_keeps_mnists_margin(tiny):
+    """As `TrainedModel.picture` has it: put into 28 by 28, then brought to the model's height and width."""
+    tiny.entry, tiny.shape = data.DATASETS["mnist"], (1, 14, 21)
+    grey = np.zeros((280, 280), np.float32)
+    grey[40:240, 130:150] = 255
+    seen = tiny.drawing(grey, "the canvas")
+    assert seen.shape == (1, 1, 14, 21)
+    rows, columns = (np.flatnonzero(seen[0, 0].amax(axis).numpy() > 60) for axis in (1, 0))
+    assert len(rows) == 10 and len(columns) <= 3, "20 of 28 rows"
 
 
 @pytest.mark.parametrize("sent", ["", "hello", "data:image/png;base64,", "data:image/png;base64,AAAA",
