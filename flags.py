@@ -165,7 +165,7 @@ def argument_parser() -> ArgumentParser:
     add("--profile", action=argparse.BooleanOptionalAction, default=False,
         help="train a few dozen steps, print the time of a step and the share of each part; write nothing")
     add("--limit-train", type=positive_int, metavar="N", default=None,
-        help="use only the first N training images (None: all)")
+        help="use only N training images: the first, of a folder any (None: all)")
     add("--train-on-all", action=argparse.BooleanOptionalAction, default=False,
         help="for a recipe that is chosen already: train on the validation images, too, keep the last epoch "
         "and tell the test accuracy once, after it")

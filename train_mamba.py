@@ -4,6 +4,7 @@
     python train_mamba.py --preset gpu                   the same for a CUDA device; presets.py has more
     python train_mamba.py --dataset digits --epochs 3    a minute's try, no download
     python train_mamba.py --resume                       go on where the newest run stopped
+    torchrun --nproc-per-node=4 train_mamba.py           on four GPUs
     tensorboard --logdir runs
 
 Choices are made on the validation split (the last 5,000 of MNIST's training images); the test set is
@@ -201,7 +202,7 @@ def check_model(settings: argparse.Namespace) -> None:
     height, width = settings.image_size
     if settings.patch_size >= max(height, width):
         raise UserError(f"--patch-size {settings.patch_size} makes one token of an image of {height}×{width} "
-                        "pixels, which leaves nothing to scan; lower it")
+                        "pixels, which leaves nothing to scan; lower it, or take larger images")
     if settings.d_model < settings.patch_size // 2:
         raise UserError(f"--d-model {settings.d_model} is too narrow for --patch-size {settings.patch_size}; "
                         f"use at least {settings.patch_size // 2}")
