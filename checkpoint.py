@@ -11,7 +11,8 @@ A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionarie
     metrics       the metrics of that epoch
     settings      the command line it was trained with
 
-<run-name>.last.pt has, for train_mamba.py to go on from, also the states of optimizer, scaler, rng and
+Checkpoints of train_mamba.py have a run_id, too, which tells runs of one name apart.
+<run-name>.last.pt has, to go on from, also the states of optimizer, scaler, rng and
 augmentation, averaged (the state_dict of the weights' average, or None), and how far the run is: step,
 best_accuracy, sums, images and seconds of the epoch begun.
 The learning rate's schedule is a function of step. <run-name>.last.pt.previous is the one before.

@@ -31,13 +31,17 @@ def compare(models: list[TrainedModel], folder: Path) -> list[Path]:
         if model.classes != first.classes or model.dataset_name != first.dataset_name:
             raise UserError(f"{model.path} was trained on {model.dataset_name} and {first.path} on "
                             f"{first.dataset_name}; compare runs of one dataset")
+    names = {model.path: model.run_name for model in models}
+    if len(set(names.values())) < len(names):  # files of one name in several folders
+        names = {path: str(path) for path in names}
     rows, predictions = [], []
     for model in models:
         labels = model.dataset.test.labels
         predicted = evaluate.predict(model.model, model.dataset.test, model.dataset, model.device).argmax(1)
         costs = evaluate.measure(model.model, model.shape, model.device)
         images = torch.zeros(BATCH, *model.shape, device=model.device)
-        rows.append({"run": model.run_name, "architecture": model.architecture, "epoch": model.epoch,
+        rows.append({"run": names[model.path], "checkpoint": str(model.path),
+                     "architecture": model.architecture, "epoch": model.epoch,
                      "accuracy": (predicted == labels).double().mean().item(),
                      **{key: costs[key] for key in ("parameters", "multiply_adds", "latency_ms",
                                                     "images_per_second")},

@@ -10,7 +10,7 @@
     python demo_mamba.py --export model.onnx              for ONNX Runtime
 
 Pictures and numbers are written into RUNS_DIR/<run name>/demo and listed at the end, the report to
-RUNS_DIR/<run name>/report.html.
+RUNS_DIR/<run name>/report.html. A run's name is that of its checkpoint's file.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def differences(saved: dict, settings: argparse.Namespace) -> dict[str, tuple]:
 
 def is_off(value: object) -> bool:
     """Whether a flag of that value did nothing, so that a run is the same where the flag is gone."""
-    return value in (None, False, 0)
+    return value is None or value == 0  # as False is
 
 
 def argument_parser() -> ArgumentParser:

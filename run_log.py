@@ -21,6 +21,7 @@ import metrics_file
 from errors import UserError
 
 PICTURES_SHARE = 0.1  # of a run's time
+OWNER = ".run"        # a hidden file in a run's folder
 
 
 class Ration:
@@ -48,9 +49,9 @@ class Ration:
 class RunLog:
     """Writes one run's metrics and pictures. Use it by `with`, which writes out what is still in memory."""
 
-    def __init__(self, folder: Path, first_epoch: int, first_step: int) -> None:
+    def __init__(self, folder: Path, first_epoch: int, first_step: int, run_id: str) -> None:
         """Begin, or go on after `first_epoch` epochs and `first_step` steps: what was logged later than that,
-        by a run that was interrupted, is dropped.
+        by a run that was interrupted, is dropped. From now on the folder is that of `run_id`: see `owner`.
 
         Raises UserError where the folder cannot be written.
         """
@@ -63,6 +64,7 @@ class RunLog:
             if kept != lines or not lines:
                 with checkpoint.whole_file(self.path) as file:
                     file.write("".join(kept).encode())
+            (folder / OWNER).write_text(run_id + "\n")
             self.writer = SummaryWriter(folder, purge_step=first_step + 1)
         except (OSError, UnicodeError) as error:
             raise UserError(f"cannot write {self.path}: {error}; choose another --runs-dir") from error
@@ -136,6 +138,14 @@ class RunLog:
         results = {f"final/{name}": value for name, value in metrics.items()
                    if name.endswith("accuracy") and value is not None}
         self.writer.add_hparams(plain, results, run_name=".", global_step=step)
+
+
+def owner(folder: Path) -> str | None:
+    """The `run_id` of the run whose log the folder has; None where it tells of none."""
+    try:
+        return (folder / OWNER).read_text().strip()
+    except (OSError, UnicodeError):
+        return None
 
 
 class NoLog(contextlib.AbstractContextManager):

@@ -22,6 +22,7 @@ import shlex
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +36,10 @@ import distributed
 import evaluate
 import explain
 import memory
-import metrics_file
 import profile_step
 from baselines import ARCHITECTURES, matched_config
 from flags import MAY_CHANGE_ON_RESUME, fill_in, parse_arguments
-from run_log import NoLog, RunLog
+from run_log import NoLog, RunLog, owner
 from training import StopRequest, Training, accuracy, negative_log_likelihood
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -78,7 +78,8 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     settings.resume = path
     fill_in(settings)
     check_paths(settings)
-    check_own(settings, resumed)
+    if not settings.profile:
+        check_own(settings, resumed)
     return settings, resumed
 
 
@@ -94,12 +95,13 @@ def check_paths(settings: argparse.Namespace) -> None:
         raise UserError(f"--run-name {settings.run_name!r} cannot name a folder everywhere; use letters, "
                         "digits, - and _")
     paths = run_paths(settings)
+    last = paths[-1]
     for path, flag in zip(paths, ("--runs-dir", "--checkpoints-dir", "--checkpoints-dir"), strict=True):
         try:
             if settings.resume is None and (path.exists() or checkpoint.previous(path).exists()):
-                go_on = f", or go on with that run by --resume {quoted(paths[-1])}"
+                go_on = f", or go on with that run by --resume {quoted(last)}"
                 raise UserError(f"{path} exists; choose another --run-name"
-                                + (go_on if paths[-1].exists() else ""))
+                                + (go_on if any(map(Path.exists, (last, checkpoint.previous(last)))) else ""))
             with tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())):
                 pass
         except OSError as error:
@@ -119,8 +121,8 @@ def check_own(settings: argparse.Namespace, resumed: dict) -> None:
     if path.name not in (last.name, checkpoint.previous(last).name):
         raise UserError(f"{path} is of the run {settings.run_name}, whose files would be written over; move "
                         f"it, as {last.name}, into a folder of its own and resume it there")
-    there = [metrics for metrics in metrics_file.read(folder) if metrics["epoch"] == resumed["epoch"]]
-    if there not in ([], [resumed["metrics"]]):
+    there, own = owner(folder), resumed.get("run_id")  # None of runs older than these
+    if there and own and there != own:
         raise UserError(f"{folder} is of another run than {path}; give another --runs-dir")
 
 
@@ -169,7 +171,9 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
         with memory.told_when_full(training):
             profile_step.show(training)
         return
-    about = {"architecture": settings.model, "config": config,
+    # What tells this run from another of its name; it goes on with the one that it began with.
+    run_id = (resumed or {}).get("run_id") or uuid.uuid4().hex
+    about = {"run_id": run_id, "architecture": settings.model, "config": config,
              "dataset": {"name": dataset.name, "classes": list(dataset.classes), "mean": list(dataset.mean),
                          "std": list(dataset.std), "shape": list(dataset.shape)},
              "settings": {name: str(value) if isinstance(value, Path) else value
@@ -178,7 +182,7 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     if distributed.is_writer() and not resumed:  # so that what there is of a run can always be gone on with
         checkpoint.save(last, {**about, **training.state()})
     training.saved = f"{last} (step {training.step})"
-    log = RunLog(folder, training.epoch, training.step) if distributed.is_writer() else NoLog()
+    log = RunLog(folder, training.epoch, training.step, run_id) if distributed.is_writer() else NoLog()
     with log, StopRequest() as stop, memory.told_when_full(training):
         if device.type == "cuda" and distributed.size() == 1:
             training.prepare()

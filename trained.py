@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ class TrainedModel:
             raise UserError(f"{path} names {len(self.classes)} classes, but its model has "
                             f"{logits.shape[-1]}; train it anew")
         # By the file's name and not by the one in it, which is another run's where the file was renamed.
-        self.run_name = checkpoint.run_of(path)
+        self.run_name = re.sub(r"[^\w .,=@+-]", "_", checkpoint.run_of(path))
         if not checkpoint.is_run_name(self.run_name):
             raise UserError(f"{path} has no name that a folder could have; rename it")
         self.folder = runs_dir / self.run_name / "demo"

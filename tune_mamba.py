@@ -38,6 +38,7 @@ from trials import Outcome, Trial, check, save_json, train
 SET_HERE = {"run_name", "resume", "profile", "train_on_all"}  # by every trial, or not for one
 FOLDERS = {"data_dir", "runs_dir", "checkpoints_dir"}
 SWITCH = {"true": True, "false": False}
+OPTUNA = "optuna.log"  # what Optuna has seen of a sweep
 
 # ---- Command line -----------------------------------------------------------------------------------------
 
@@ -123,6 +124,9 @@ def main() -> None:
         raise UserError(f"{folder} is a run's; choose another --name")
     outcomes: dict[str, Outcome] = {}
     if "trials" in arguments:
+        if (folder / "sweep.json").exists() and not (folder / OPTUNA).exists():
+            raise UserError(f"{folder / 'sweep.json'} is of every combination, and would be replaced; choose "
+                            "another --name")
         total, trials = arguments.trials, sampled(arguments, folder, outcomes, optuna_if_installed())
     else:
         trials = [make_trial(arguments, point) for point in ParameterGrid(arguments.grid)]
@@ -193,7 +197,7 @@ def sampled(arguments: argparse.Namespace, folder: Path, outcomes: dict[str, Out
     """
     words = {name: {in_words(value): value for value in values} for name, values in arguments.grid.items()}
     choices = {name: optuna.distributions.CategoricalDistribution(list(words[name])) for name in words}
-    path = str(folder / "optuna.log")
+    path = str(folder / OPTUNA)
     lock = optuna.storages.journal.JournalFileOpenLock(path)
     journal = optuna.storages.journal.JournalFileBackend(path, lock)
     try:

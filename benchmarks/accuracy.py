@@ -51,13 +51,13 @@ def main() -> None:
         raise UserError("--validation holds out the images that --train-on-all trains on; leave one out")
     device = evaluate.pick_device(trials[0].settings.device)
     output = ROOT / "results" / f"{arguments.name}.json"
-    kept = kept_runs(output, trials[0], device) if arguments.merge else []
+    kept = same_runs(output, trials[0], device) if arguments.merge else []
     trials = [trial for trial in trials if trial.settings.seed not in {run["seed"] for run in kept}]
     if not trials:
         raise UserError(f"{output} has all of these seeds; leave out --merge to train them again")
     check(trials)
-    if not arguments.merge:
-        check_replaces(output, trials[0], arguments.seeds)
+    if not arguments.merge and output.exists():
+        check_replaces(output, trials, device)
     here = {"machine": timing.machine(device), "jobs": arguments.jobs}
     before = trained_before(output, trials)
     trained = {trial: before.get(trial, here) for trial in trials}
@@ -153,37 +153,27 @@ def trained_before(file: Path, trials: Sequence[Trial]) -> dict[Trial, dict]:
             if not unlike and trial.settings.seed in of_seed and trial.outcome() is not None}
 
 
-def kept_runs(file: Path, trial: Trial, device: torch.device) -> list[dict]:
-    """The file's runs, for --merge.
-
-    Raises UserError where they are of other settings or another kind of device, or no runs at all.
-    """
+def same_runs(file: Path, trial: Trial, device: torch.device) -> list[dict]:
+    """The file's runs. Raises UserError where they are of other settings or kind of device, or no runs."""
+    other = "choose another --name, or delete that file"
     try:
         runs, unlike = runs_in(file, trial.settings)
     except ValueError as error:
-        raise UserError(f"--merge finds {error}; leave it out") from error
+        raise UserError(f"{error}; {other if file.exists() else 'leave out --merge'}") from error
     kinds = {run["machine"]["device"].split(":")[0] for run in runs}
     if not unlike and kinds - {device.type}:  # it decides on the precision, for one
         unlike = f"--device {kinds.pop()} and not {device.type}"
     if unlike:
-        raise UserError(f"the seeds in {file} were trained with {unlike}; choose another --name, or delete "
-                        "that file")
+        raise UserError(f"the seeds in {file} were trained with {unlike}; {other}")
     return runs
 
 
-def check_replaces(file: Path, trial: Trial, seeds: int) -> None:
-    """Raise UserError where the file holds something else than `seeds` seeds would, or more of them."""
-    if not file.exists():
-        return
-    try:
-        runs, unlike = runs_in(file, trial.settings)
-    except ValueError as error:
-        raise UserError(f"there are {error}, which would be replaced; choose another --name") from error
-    if unlike:
-        raise UserError(f"the seeds in {file} were trained with {unlike}; choose another --name, or delete "
-                        "that file")
-    if len(runs) > seeds:
-        raise UserError(f"{file} has {len(runs)} seeds; choose another --name, or delete it")
+def check_replaces(file: Path, trials: Sequence[Trial], device: torch.device) -> None:
+    """Raise UserError where the file holds anything that these trials have not trained here already."""
+    trained = {trial.settings.seed for trial in trials if trial.outcome() is not None}
+    if gone := {run["seed"] for run in same_runs(file, trials[0], device)} - trained:
+        raise UserError(f"{file} has {len(gone)} seeds that were not trained here; add --merge to keep them, "
+                        "choose another --name, or delete that file")
 
 
 def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], trained: dict[Trial, dict],

@@ -45,7 +45,7 @@ TASKS = {
 }
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every point that was purged
 # What two runs need not share; settings name folders.
-CLOCK = {"seconds", "evaluation_seconds", "images_per_second", "settings"}
+CLOCK = {"seconds", "evaluation_seconds", "images_per_second", "settings", "run_id"}
 
 
 def main() -> None:

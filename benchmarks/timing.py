@@ -96,7 +96,7 @@ def output_of(parser: ArgumentParser, arguments: argparse.Namespace, default: Pa
     if "output" in arguments:
         return arguments.output
     changed = [name for name in parts if name in arguments
-               and _as_list(getattr(arguments, name)) != _as_list(parser.get_default(name))]
+               and _sorted(getattr(arguments, name)) != _sorted(parser.get_default(name))]
     if changed and default.exists() and not getattr(arguments, "merge", False):
         merge = ", or add --merge" if "merge" in arguments else ""
         parser.error(f"with --{changed[0].replace('_', '-')} this is not what {default} holds, and would "
@@ -104,8 +104,9 @@ def output_of(parser: ArgumentParser, arguments: argparse.Namespace, default: Pa
     return default
 
 
-def _as_list(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+def _sorted(value: object) -> object:
+    """In whatever order several values were named."""
+    return sorted(value) if isinstance(value, (list, tuple)) else value
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ def _grouped(u, delta, A, B, C, D, z, delta_bias, delta_softplus) -> tuple[Tenso
     """B and C (b, [groups,] n, l): one scan for each group of channels."""
     B, C = ((tensor if tensor.dim() == 4 else tensor[:, None]).transpose(2, 3) for tensor in (B, C))
     groups = max(B.shape[1], C.shape[1])
-    if u.shape[2] % groups or B.shape[1] not in (1, groups) or C.shape[1] not in (1, groups):
+    if B.shape[1] not in (1, groups) or C.shape[1] not in (1, groups):
         raise ValueError(f"{B.shape[1]} groups of B and {C.shape[1]} of C do not fit {u.shape[2]} channels")
     size = u.shape[2] // groups
     results = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def test_merge_keeps_the_seeds_in_the_file_and_trains_the_others(call, trained, 
     for arguments, complaint in (
             ("--name a --seeds 3 --merge -- --epochs 2", "has all of these seeds; leave out --merge"),
             ("--name a --seeds 4 --merge -- --epochs 2 --lr 5", "with --lr 0.001 and not 5.0; choose"),
-            ("--name b --seeds 4 --merge -- --epochs 2", "--merge finds no seeds in")):
+            ("--name b --seeds 4 --merge -- --epochs 2", "no seeds in")):
         status, _, err = call(arguments)
         assert status == 2 and complaint in err and len(err.splitlines()) == 1
     older = json.loads(before)
@@ -143,7 +144,27 @@ def test_merge_keeps_the_seeds_in_the_file_and_trains_the_others(call, trained, 
     assert status == 2 and "were trained with --device cuda and not cpu; choose another --name, or" in err
     for broken in ("[", "[]", '{"runs": []}', '{"runs": 1, "settings": {}, "jobs": 1, "machine": {}}'):
         file.write_text(broken)
-        assert "finds no seeds in" in call("--name a --seeds 4 --merge")[2]
+        assert "no seeds in" in call("--name a --seeds 4 --merge")[2]
+
+
+def test_a_file_is_replaced_only_by_what_was_trained_here(call, trained, tmp_path):
+    found = trained(Outcome(epochs(0.97)), Outcome(epochs(0.98)))
+    assert call("--name a --seeds 2 -- --epochs 2")[0] == 0
+    before = (tmp_path / "results" / "a.json").read_text()
+    for trial, _ in found:
+        trial.folder.mkdir(parents=True)
+        (trial.folder / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    trained(Outcome(epochs(0.97)), Outcome(epochs(0.98)), Outcome(epochs(0.99)))
+    assert call("--name a --seeds 3 -- --epochs 2")[0] == 0
+    (tmp_path / "results" / "a.json").write_text(before)
+    for arguments, complaint in (
+            ("--name a --seeds 1 -- --epochs 2", "has 1 seeds that were not trained here; add --merge"),
+            ("--name a --seeds 2 -- --epochs 2 --lr 5", "another --name")):
+        status, _, err = call(arguments)
+        assert status == 2 and complaint in err
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert "has 2 seeds that were not trained here" in call("--name a --seeds 3 -- --epochs 2")[2]
+    assert (tmp_path / "results" / "a.json").read_text() == before
 
 
 def test_a_merged_file_tells_where_each_seed_was_trained(call, trained, tmp_path, monkeypatch):

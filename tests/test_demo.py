@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -208,6 +209,10 @@ def test_runs_are_compared_side_by_side(place, demo):
     assert [model["architecture"] for model in models] == ["mamba", "lstm", "transformer"]
     assert all(model["memory_mib"] > 0 and model["multiply_adds"] > 1000 and 0 <= model["accuracy"] <= 1
                for model in models)
+    (place / "other").mkdir()
+    shutil.copy(place / "checkpoints" / "tiny.pt", place / "other" / "tiny.pt")
+    paths = ["checkpoints/tiny.pt", "other/tiny.pt"]
+    assert demo("--compare", *paths).out.split()[:2] == paths, "names that are the same tell nothing"
 
 
 def test_comparing_what_cannot_be_compared_is_one_line(place, refused):
@@ -321,7 +326,8 @@ def test_a_checkpoint_that_does_not_fit_its_dataset_is_refused(changes, tmp_path
 
 
 def test_a_model_is_shown_under_its_files_name_whatever_the_one_inside(tmp_path):
-    for name, run in {"mine.pt": "mine", "a b.last.pt": "a b", "a.last.pt.previous": "a"}.items():
+    for name, run in {"mine.pt": "mine", "a b.last.pt": "a b", "a.last.pt.previous": "a",
+                      "mine (1).pt": "mine _1_"}.items():
         checkpoint.save(tmp_path / name, contents(settings={"run_name": "../outside"}))
         shown = TrainedModel(tmp_path / name, torch.device("cpu"), tmp_path / "runs", tmp_path)
         assert (shown.run_name, shown.folder) == (run, tmp_path / "runs" / run / "demo")

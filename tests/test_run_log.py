@@ -49,7 +49,7 @@ def test_fast_pictures_come_every_epoch(clock):
 
 def test_scalars_come_every_epoch_and_pictures_when_they_are_drawn(tmp_path, clock, seed):
     split = data.Split(torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8), torch.randint(0, 3, (20,)))
-    with RunLog(tmp_path, first_epoch=0, first_step=0) as log:
+    with RunLog(tmp_path, first_epoch=0, first_step=0, run_id="a") as log:
         log.drawing = Ration(0.1, clock)
         for epoch in (1, 2, 3):
             draw = log.draws(last=epoch == 3)

@@ -99,7 +99,8 @@ def assert_same_run(place: Path, whole: Path) -> None:
     """`place` holds the weights, states and metrics of `whole`."""
     for name in ("run.pt", "run.last.pt"):
         ours, theirs = (checkpoint.load(folder / "checkpoints" / name) for folder in (place, whole))
-        for contents in (ours, theirs):  # folders may differ
+        for contents in (ours, theirs):  # folders differ, and what tells two runs apart
+            del contents["run_id"]
             contents["settings"] = {key: value for key, value in contents["settings"].items()
                                     if not key.endswith("_dir")}
         assert_same(ours, theirs, name)
@@ -145,13 +146,13 @@ def test_checkpoints_are_what_checkpoint_py_documents(whole):
     folder = whole / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {"run.pt", "run.last.pt", "run.last.pt.previous"}
     contents = torch.load(folder / "run.pt", weights_only=True)
-    assert set(contents) == set(checkpoint.REQUIRED)
+    assert set(contents) == {*checkpoint.REQUIRED, "run_id"}
     assert contents["format"] == 2 and contents["architecture"] == "mamba"
     assert contents["dataset"]["name"] == "digits" and contents["dataset"]["classes"] == list("0123456789")
     assert contents["settings"]["run_name"] == "run" and contents["settings"]["lr"] == 1e-2
     last = torch.load(folder / "run.last.pt", weights_only=True)
-    assert set(last) == {*checkpoint.REQUIRED, "optimizer", "scaler", "rng", "augmentation", "averaged",
-                         "step", "best_accuracy", "sums", "images", "seconds"}
+    assert set(last) == {*checkpoint.REQUIRED, "run_id", "optimizer", "scaler", "rng", "augmentation",
+                         "averaged", "step", "best_accuracy", "sums", "images", "seconds"}
     assert last["epoch"] == 2 and last["step"] == 2 * STEPS and last["metrics"] == read_metrics(whole)[-1]
 
 
@@ -317,6 +318,17 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(interrupt, line, steps
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_a_run_goes_on_after_the_checkpoint_before_its_last_was_gone_on_with(train, tmp_path, whole):
+    before = ["--resume", "checkpoints/run.last.pt.previous"]
+    for at, times, arguments in ((STEPS + 7, 1, [*SMALL, "--run-name", "run"]), (STEPS + 9, 2, before)):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_step(patch, at, times=times)
+            assert train(*arguments).status == 130
+    assert train("--resume").status == 0
+    assert_same_run(tmp_path, whole)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_stopped_run_goes_on_where_its_checkpoint_lies_and_counts_its_seconds(train, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         interrupt_step(patch, 3)
@@ -405,7 +417,7 @@ def test_a_finished_run_is_not_trained_again(train, whole, monkeypatch):
 
 def test_a_log_goes_on_after_the_last_whole_epoch(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3}\n{"epo')
-    with RunLog(tmp_path, first_epoch=2, first_step=20):
+    with RunLog(tmp_path, first_epoch=2, first_step=20, run_id="a"):
         assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
 
 

@@ -180,5 +180,7 @@ def test_the_whole_command_is_not_done_twice_and_its_settings_are_in_tensorboard
     status, again, _ = call(command)
     assert status == 0 and sorted(again.splitlines()) == sorted(out.splitlines())
     assert sweep(tmp_path)["trials"] == [good, bad]
+    status, _, err = call(f"--grid lr=1e-2,1e30 --trials 1 -- {SMALL} --warm-up 0")
+    assert status == 2 and ("is of every combination" in err or "needs Optuna" in err)
     status, _, err = call(f"--grid lr=1e-2 -- {SMALL} --warm-up 1")
     assert status == 2 and "of a run with --warm-up 0 and not 1; choose another --name" in err

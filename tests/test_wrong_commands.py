@@ -74,9 +74,9 @@ def place(tmp_path_factory) -> Path:
         checkpoint.save(place / f"{name}.last.pt", {**state, "settings": {**run, **changes}})
     checkpoint.save(place / "stateless.last.pt", {**state, "settings": {**run, "run_name": "stateless"}})
     for name in ("another", "a"):
-        checkpoint.save(place / f"{name}.last.pt", {**state, "metrics": {"epoch": 1, "train_loss": 0.5}})
+        checkpoint.save(place / f"{name}.last.pt", {**state, "epoch": 0, "run_id": "own"})
     (place / "logged" / "a").mkdir(parents=True)
-    (place / "logged" / "a" / "metrics.jsonl").write_text('{"epoch": 1, "train_loss": 0.25}\n')
+    (place / "logged" / "a" / ".run").write_text("another's\n")
     for name, text in {"table": '{"trials": [{"trial": "table-lr=0.1"}]}', "damaged": "seven"}.items():
         (place / "runs" / name).mkdir(parents=True)
         (place / "runs" / name / "sweep.json").write_text(text)
@@ -210,7 +210,7 @@ CASES = [  # (script, arguments, what the line says)
     ("tune", "--grid lr=1 --trials 2 --jobs 2", "leave --jobs out"),
     ("tune", "--grid lr=1 --name table", "has table-lr=0.1, which this grid has not, and would be replaced"),
     ("tune", "--grid lr=1 --name damaged", "no table of this version"),
-    ("accuracy", "--name mnist-20-epochs --seeds 1", "has 2 seeds"),
+    ("accuracy", "--name mnist-20-epochs -- --device cpu", "has 2 seeds that were not trained here"),
     ("accuracy", "--name mnist-20-epochs -- --epochs 1", "were trained with --epochs 20 and not 1"),
     ("accuracy", "--name crash_test", "no seeds in"),
     ("accuracy", "", "one of --preset and --name is required"),
@@ -251,7 +251,7 @@ CASES = [  # (script, arguments, what the line says)
     ("architectures", "--repeats -1", "--repeats must be at least 1"),
     ("architectures", "--output empty", "empty cannot be written"),
     ("architectures", "--device cuda --networks lstm", "name another file by --output, or add --merge"),
-    ("architectures", "--device cpu --output logged/a/metrics.jsonl --merge", "is no file of this benchmark"),
+    ("architectures", "--device cpu --output logged/a/.run --merge", "is no file of this benchmark"),
     ("imagenet", "--device cpu --output runs/damaged/sweep.json --merge", "is no file of this benchmark"),
     ("crash", "--kills 1", "name another file by --output"),
     ("crash", "--datasets mnist --data-dir wrong --output a.json", "has the wrong checksum"),
