@@ -172,7 +172,7 @@ def check_replaces(file: Path, trials: Sequence[Trial], device: torch.device) ->
     """Raise UserError where the file holds anything that these trials have not trained here already."""
     trained = {trial.settings.seed for trial in trials if trial.outcome() is not None}
     if gone := {run["seed"] for run in same_runs(file, trials[0], device)} - trained:
-        raise UserError(f"{file} has {len(gone)} seeds that were not trained here; add --merge to keep them, "
+        raise UserError(f"{file} would lose {len(gone)} of its seeds; add --merge to keep them, "
                         "choose another --name, or delete that file")
 
 

@@ -158,12 +158,12 @@ def test_a_file_is_replaced_only_by_what_was_trained_here(call, trained, tmp_pat
     assert call("--name a --seeds 3 -- --epochs 2")[0] == 0
     (tmp_path / "results" / "a.json").write_text(before)
     for arguments, complaint in (
-            ("--name a --seeds 1 -- --epochs 2", "has 1 seeds that were not trained here; add --merge"),
+            ("--name a --seeds 1 -- --epochs 2", "would lose 1 of its seeds; add --merge"),
             ("--name a --seeds 2 -- --epochs 2 --lr 5", "another --name")):
         status, _, err = call(arguments)
         assert status == 2 and complaint in err
     shutil.rmtree(tmp_path / "checkpoints")
-    assert "has 2 seeds that were not trained here" in call("--name a --seeds 3 -- --epochs 2")[2]
+    assert "would lose 2 of its seeds" in call("--name a --seeds 3 -- --epochs 2")[2]
     assert (tmp_path / "results" / "a.json").read_text() == before
 
 

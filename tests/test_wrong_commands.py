@@ -210,7 +210,7 @@ CASES = [  # (script, arguments, what the line says)
     ("tune", "--grid lr=1 --trials 2 --jobs 2", "leave --jobs out"),
     ("tune", "--grid lr=1 --name table", "has table-lr=0.1, which this grid has not, and would be replaced"),
     ("tune", "--grid lr=1 --name damaged", "no table of this version"),
-    ("accuracy", "--name mnist-20-epochs -- --device cpu", "has 2 seeds that were not trained here"),
+    ("accuracy", "--name mnist-20-epochs -- --device cpu", "would lose 2 of its seeds"),
     ("accuracy", "--name mnist-20-epochs -- --epochs 1", "were trained with --epochs 20 and not 1"),
     ("accuracy", "--name crash_test", "no seeds in"),
     ("accuracy", "", "one of --preset and --name is required"),
