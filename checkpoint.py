@@ -156,6 +156,11 @@ def previous(path: Path) -> Path:
     return path.with_name(path.name + ".previous")
 
 
+def exists(path: Path) -> bool:
+    """Whether there is anything for `load_good` to read."""
+    return path.exists() or previous(path).exists()
+
+
 def load_good(path: Path, device: torch.device | str = "cpu") -> dict:
     """`path` or, where that is damaged or missing, the one before, with a line on stderr that says so.
 

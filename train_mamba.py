@@ -98,10 +98,10 @@ def check_paths(settings: argparse.Namespace) -> None:
     last = paths[-1]
     for path, flag in zip(paths, ("--runs-dir", "--checkpoints-dir", "--checkpoints-dir"), strict=True):
         try:
-            if settings.resume is None and (path.exists() or checkpoint.previous(path).exists()):
+            if settings.resume is None and checkpoint.exists(path):
                 go_on = f", or go on with that run by --resume {quoted(last)}"
                 raise UserError(f"{path} exists; choose another --run-name"
-                                + (go_on if any(map(Path.exists, (last, checkpoint.previous(last)))) else ""))
+                                + (go_on if checkpoint.exists(last) else ""))
             with tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())):
                 pass
         except OSError as error:

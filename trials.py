@@ -79,7 +79,7 @@ class Trial:
 
     @property
     def begun(self) -> bool:
-        return self.last.exists() or checkpoint.previous(self.last).exists()
+        return checkpoint.exists(self.last)
 
     def command(self) -> list[str]:
         """Begins the run or, where it was cut short, goes on."""

@@ -56,11 +56,10 @@ def main() -> None:
     if not trials:
         raise UserError(f"{output} has all of these seeds; leave out --merge to train them again")
     check(trials)
-    if not arguments.merge and output.exists():
-        check_replaces(output, trials, device)
+    replaced = replaced_runs(output, trials, device) if output.exists() and not arguments.merge else []
     here = {"machine": timing.machine(device), "jobs": arguments.jobs}
-    before = trained_before(output, trials)
-    trained = {trial: before.get(trial, here) for trial in trials}
+    before = {run["seed"]: {name: run[name] for name in HERE} for run in replaced}
+    trained = {trial: before.get(trial.settings.seed, here) for trial in trials}
     reported = name_of_accuracy(arguments)
     done: dict[Trial, Outcome] = {}
     with contextlib.closing(train(trials, len(trials), arguments.jobs)) as outcomes:
@@ -124,42 +123,21 @@ def absolute(text: str) -> Path:
     return Path(text).absolute()
 
 
-def runs_in(file: Path, settings: argparse.Namespace) -> tuple[list[dict], str | None]:
-    """The runs that a file tells of, each with HERE; and in what they were trained unlike `settings`, if so.
-
-    Raises ValueError, naming the file, where it tells of none.
-    """
-    try:
-        older = json.loads(file.read_text(encoding="utf-8"))
-        return runs_of(older), difference(older["settings"] | {"seed": settings.seed}, settings)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"no seeds in {file}") from error
-
-
 def runs_of(result: dict) -> list[dict]:
     """A result's runs, each with HERE, which older files tell of all of them at once."""
     here = {name: result[name] for name in HERE}
     return [here | run for run in result["runs"]]
 
 
-def trained_before(file: Path, trials: Sequence[Trial]) -> dict[Trial, dict]:
-    """HERE of the calls that have trained some of the trials before, as the file tells, where it does."""
-    try:
-        runs, unlike = runs_in(file, trials[0].settings)
-    except ValueError:
-        return {}
-    of_seed = {run["seed"]: {name: run[name] for name in HERE} for run in runs}
-    return {trial: of_seed[trial.settings.seed] for trial in trials
-            if not unlike and trial.settings.seed in of_seed and trial.outcome() is not None}
-
-
 def same_runs(file: Path, trial: Trial, device: torch.device) -> list[dict]:
     """The file's runs. Raises UserError where they are of other settings or kind of device, or no runs."""
     other = "choose another --name, or delete that file"
     try:
-        runs, unlike = runs_in(file, trial.settings)
-    except ValueError as error:
-        raise UserError(f"{error}; {other if file.exists() else 'leave out --merge'}") from error
+        older = json.loads(file.read_text(encoding="utf-8"))
+        runs = runs_of(older)
+        unlike = difference(older["settings"] | {"seed": trial.settings.seed}, trial.settings)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"no seeds in {file}; {other if file.exists() else 'leave out --merge'}") from error
     kinds = {run["machine"]["device"].split(":")[0] for run in runs}
     if not unlike and kinds - {device.type}:  # it decides on the precision, for one
         unlike = f"--device {kinds.pop()} and not {device.type}"
@@ -168,12 +146,14 @@ def same_runs(file: Path, trial: Trial, device: torch.device) -> list[dict]:
     return runs
 
 
-def check_replaces(file: Path, trials: Sequence[Trial], device: torch.device) -> None:
-    """Raise UserError where the file holds anything that these trials have not trained here already."""
+def replaced_runs(file: Path, trials: Sequence[Trial], device: torch.device) -> list[dict]:
+    """The file's runs. Raises UserError as `same_runs`, and for one not trained here by these trials."""
+    runs = same_runs(file, trials[0], device)
     trained = {trial.settings.seed for trial in trials if trial.outcome() is not None}
-    if gone := {run["seed"] for run in same_runs(file, trials[0], device)} - trained:
+    if gone := {run["seed"] for run in runs} - trained:
         raise UserError(f"{file} would lose {len(gone)} of its seeds; add --merge to keep them, "
                         "choose another --name, or delete that file")
+    return runs
 
 
 def summary(arguments: argparse.Namespace, done: dict[Trial, Outcome], trained: dict[Trial, dict],

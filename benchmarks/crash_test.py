@@ -150,7 +150,7 @@ def start(task: str, place: Path, data_dir: Path, device: str) -> subprocess.Pop
 def epochs_saved(place: Path) -> int:
     """How many epochs a resumed run finds done; 0 where it was killed before its first checkpoint."""
     path = place / "checkpoints" / "run.last.pt"
-    if not path.exists() and not checkpoint.previous(path).exists():
+    if not checkpoint.exists(path):
         return 0
     return checkpoint.load_good(path)["epoch"]
 
