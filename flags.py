@@ -21,7 +21,7 @@ from mamba_ssm_simple import SCANS
 from presets import PRESETS
 
 MAY_CHANGE_ON_RESUME = {"resume", "data_dir", "workers", "device", "runs_dir", "checkpoints_dir",
-                        "checkpoint_every", "profile"}
+                        "checkpoint_every", "draw", "profile"}
 
 
 def parse_arguments(given: Sequence[str] | None = None, saved: dict | None = None) -> argparse.Namespace:
@@ -173,6 +173,9 @@ def argument_parser() -> ArgumentParser:
         help="names the run's folder and checkpoints (None: dataset, date and time)")
     add("--runs-dir", type=Path, metavar="DIR", default=Path("runs"),
         help="TensorBoard and metrics.jsonl go into DIR/<run-name>")
+    add("--draw", action=argparse.BooleanOptionalAction, default=True,
+        help="give TensorBoard pictures of mistakes and of what the scans select, after the first epoch, the "
+        "last, and between them as often as a tenth of the time allows")
     add("--checkpoints-dir", type=Path, metavar="DIR", default=Path("checkpoints"),
         help="checkpoints go here")
     add("--checkpoint-every", type=interval, metavar="STEPS|SECONDSs", default="300s",

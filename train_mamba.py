@@ -284,10 +284,10 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
                                                                 training.device), labels)
             training.check_finite(loss)
             log.epoch(training.step, metrics)
-            draw = log.draws(last=training.epoch == settings.epochs)
+            draw = settings.draw and log.draws(last=training.epoch == settings.epochs)
             if test is not None:
                 log.test(training.step, dataset.test, test, dataset.classes, draw)
-            if explain.has_scan(model):
+            if settings.draw and explain.has_scan(model):
                 log.scans(training.step, examples, explain.record(
                     model, augment.normalize(examples, dataset.mean, dataset.std)), draw)
             # Without validation images the last epoch is the one that counts.
