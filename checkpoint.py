@@ -6,7 +6,7 @@ A checkpoint is a dictionary of tensors, numbers, strings, lists and dictionarie
     architecture  "mamba"
     config        the arguments that rebuild the model
     model         its state_dict
-    dataset       {"name", "classes", "mean", "std"}
+    dataset       {"name", "classes", "mean", "std", "shape"}; older ones have no shape
     epoch         epochs finished
     metrics       the metrics of that epoch
     settings      the command line it was trained with
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import sys
@@ -75,6 +76,16 @@ def whole_file(path: Path, keep: Path | None = None) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
+def save_json(path: Path, found: dict) -> None:
+    """Write `found` whole or not at all. Raises UserError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write((json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error
+
+
 # ---- Checkpoints ------------------------------------------------------------------------------------------
 
 
@@ -99,8 +110,8 @@ def save(path: Path, contents: dict, keep_previous: bool = False) -> None:
                         "--checkpoints-dir") from error
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read a checkpoint made by `save`, its tensors on `device`.
+def load(path: Path) -> dict:
+    """Read a checkpoint made by `save`, its tensors on the CPU.
 
     Only tensors and plain values are ever unpickled (`weights_only=True`), so a hostile file does
     nothing. Raises UserError for a file that is missing, damaged, foreign or of another format.
@@ -113,7 +124,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict:
             warnings.simplefilter("ignore")  # torch warns of odd pickles; we refuse them
             number = _check_seal(path, file)
             file.seek(0)
-            contents = torch.load(file, map_location=device, weights_only=True) if number == FORMAT else None
+            contents = torch.load(file, map_location="cpu", weights_only=True) if number == FORMAT else None
     except UserError:
         raise
     except OSError as error:
@@ -161,16 +172,16 @@ def exists(path: Path) -> bool:
     return path.exists() or previous(path).exists()
 
 
-def load_good(path: Path, device: torch.device | str = "cpu") -> dict:
+def load_good(path: Path) -> dict:
     """`path` or, where that is damaged or missing, the one before, with a line on stderr that says so.
 
     Raises UserError where neither can be read, for the first.
     """
     try:
-        return load(path, device)
+        return load(path)
     except UserError as error:
         try:
-            contents = load(previous(path), device)
+            contents = load(previous(path))
         except UserError:
             raise error from None
         cause = str(error).partition(";")[0]

@@ -245,25 +245,24 @@ def load_folder(name: str, entry: Entry, root: Path, device: torch.device | str,
 # ---------------------------------------------------------------------------------------------
 
 
-def num_batches(split: Split, batch_size: int, drop_last: bool = False) -> int:
+def num_batches(split: Split, batch_size: int) -> int:
     """How many batches `epoch_batches` yields. Raises UserError for a batch size below 1."""
     if batch_size < 1:
         raise UserError(f"cannot make batches of {batch_size} images; the batch size must be 1 or more")
-    full, rest = divmod(len(split.labels), batch_size)
-    return full + (rest > 0 and not drop_last)
+    return -(-len(split.labels) // batch_size)
 
 
 def epoch_batches(split: Split, batch_size: int, generator: torch.Generator | None, shuffle: bool = True,
-                  drop_last: bool = False, start: int = 0,
-                  part: Callable[[int], slice] = lambda size: slice(None)) -> Iterator[tuple[Tensor, Tensor]]:
+                  start: int = 0, part: Callable[[int], slice] = lambda size: slice(None),
+                  ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each image of `split` once, as (images (b, C, H, W) uint8, labels (b,) int64) on its device.
 
     `generator` gives the order, and how streamed pictures are moved; it may be None without `shuffle`. The
-    last batch is smaller where the batch size does not divide N, or left out with `drop_last`. The first
-    `start` batches are left out without being read. Where the split is streamed, only the images of
-    `part(batch size)` are read and given, beside all of the labels.
+    last batch is smaller where the batch size does not divide N. The first `start` batches are left out
+    without being read. Where the split is streamed, only the images of `part(batch size)` are read and given,
+    beside all of the labels.
     """
-    batches = num_batches(split, batch_size, drop_last)
+    batches = num_batches(split, batch_size)
     n_images, seed = len(split.labels), 0
     if shuffle:
         order = torch.randperm(n_images, generator=generator, device=generator.device)

@@ -16,7 +16,7 @@ RUNS_DIR/<run name>/report.html. A run's name is that of its checkpoint's file.
 from __future__ import annotations
 
 import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
-from errors import ArgumentParser, UserError, image_size, run_script  # isort: skip  (Ctrl-C is one line from here on)
+from errors import ArgumentParser, UserError, as_flag, image_size, run_script  # isort: skip  (Ctrl-C is one line from here on)
 
 import argparse
 import json
@@ -97,8 +97,8 @@ def main() -> None:
         for flag in ("checkpoint", "image", "image_size", "export", "interactive", "explain", "report",
                      "serve"):
             if getattr(arguments, flag, False):
-                raise UserError(f"--compare shows runs side by side and nothing else; leave "
-                                f"--{flag.replace('_', '-')} out")
+                raise UserError("--compare shows runs side by side and nothing else; leave "
+                                f"{as_flag(flag)} out")
         written = compare_runs(arguments, device)
         if not arguments.no_show:
             show(written[:1])
@@ -110,7 +110,8 @@ def main() -> None:
     if "export" in arguments:
         export.check(arguments.export)
     if arguments.explain and not explain.has_scan(demo.model):
-        raise UserError(f"--explain needs a mamba model, but {path} holds a {demo.architecture}")
+        raise UserError(f"--explain needs a mamba model, but {path} holds a {demo.architecture}; "
+                        "choose another by --checkpoint")
 
     written = []
     if "export" in arguments:

@@ -33,6 +33,11 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see python {self.prog} --help")
 
 
+def as_flag(name: str) -> str:
+    """How the argument `name` is typed: --batch-size for batch_size."""
+    return "--" + name.replace("_", "-")
+
+
 def image_size(text: str) -> tuple[int, int]:
     """(height, width) of "64" or "64x96"."""
     sides = text.lower().split("x")

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -98,6 +99,16 @@ def predict(model: nn.Module, split: data.Split, dataset: data.Dataset, device: 
     return torch.cat(probabilities).cpu()
 
 
+def accuracy(probabilities: Tensor, labels: Tensor) -> float:
+    """Fraction of the images whose most probable class is their label."""
+    return (probabilities.argmax(1) == labels.cpu()).double().mean().item()
+
+
+def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
+    """Mean over the images, in nats."""
+    return F.nll_loss(probabilities.double().clamp(min=1e-12).log(), labels.cpu()).item()
+
+
 @torch.inference_mode()
 def measure(model: nn.Module, shape: tuple[int, int, int], device: torch.device | str) -> dict:
     """What running `model` on images of `shape` (C, H, W) costs, float32, by the clock.
@@ -131,7 +142,7 @@ def measure(model: nn.Module, shape: tuple[int, int, int], device: torch.device 
 def images_per_second(model: nn.Module, shape: tuple[int, int, int],
                       device: torch.device) -> dict[int, float]:
     """{batch size: images/s} for 1, 64 and 1024 images of `shape` (C, H, W), float32, by medians."""
-    return {batch: batch / _median_seconds(model, torch.randn(batch, *shape, device=device))
+    return {batch: batch / median_seconds(model, torch.randn(batch, *shape, device=device))
             for batch in tqdm((1, 64, 1024), desc="measure", unit="size", leave=False, disable=None)}
 
 
@@ -182,7 +193,7 @@ def count_multiply_adds(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _median_seconds(model: nn.Module, images: Tensor) -> float:
+def median_seconds(model: Callable[[Tensor], object], images: Tensor) -> float:
     """Median seconds of a forward pass: two to warm up, then at least 3 and at most 200."""
     def once() -> float:
         start = time.perf_counter()

@@ -13,9 +13,7 @@ import importlib.util
 import io
 import json
 import os
-import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import evaluate
 from augment import normalize
 from errors import UserError
 from trained import TrainedModel
@@ -67,7 +66,8 @@ def export(trained: TrainedModel, path: Path) -> list[str]:
                 if not difference <= TOLERANCE:
                     raise UserError(f"the exported logits differ from PyTorch's by {difference:.1e}, more "
                                     f"than {TOLERANCE:.0e}; nothing was written, please report this")
-                times = [1000 * _median_seconds(function, images[:1]) for function in (run, classifier)]
+                times = [1000 * evaluate.median_seconds(function, images[:1])
+                         for function in (run, classifier)]
             size = whole.stat().st_size
             os.replace(whole, path)
     except OSError as error:
@@ -117,13 +117,3 @@ def _onnx_runtime(path: Path) -> Callable[[Tensor], Tensor]:
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
-def _median_seconds(function: Callable[[Tensor], Tensor], images: Tensor) -> float:
-    """Of a call, after two to warm up."""
-    seconds = []
-    for _ in range(22):
-        start = time.perf_counter()
-        function(images)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])

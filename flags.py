@@ -16,7 +16,7 @@ from pathlib import Path
 import augment
 import data
 from baselines import ARCHITECTURES
-from errors import ArgumentParser, image_size
+from errors import ArgumentParser, as_flag, image_size
 from mamba_ssm_simple import SCANS
 from presets import PRESETS
 
@@ -50,10 +50,16 @@ def explicit(given: Sequence[str]) -> dict[str, object]:
 
 def as_flags(settings: dict) -> list[str]:
     """The command line that gives these settings."""
-    return [f"--{'' if value is not False else 'no-'}{name.replace('_', '-')}"
-            + ("" if isinstance(value, bool) else f"={'x'.join(map(str, value))}"
-               if isinstance(value, tuple | list) else f"={value}")
-            for name, value in settings.items() if value is not None]
+    words = []
+    for name, value in settings.items():
+        flag = as_flag(name)
+        if isinstance(value, bool):
+            words.append(flag if value else as_flag(f"no_{name}"))
+        elif isinstance(value, tuple | list):
+            words.append(f"{flag}={'x'.join(map(str, value))}")
+        elif value is not None:
+            words.append(f"{flag}={value}")
+    return words
 
 
 def differences(saved: dict, settings: argparse.Namespace) -> dict[str, tuple]:
@@ -95,7 +101,7 @@ def argument_parser() -> ArgumentParser:
         help="side that pictures are brought to, or HEIGHTxWIDTH (None: the dataset's own, 64 for folder)")
     add("--memory-budget", type=non_negative_float, metavar="GIB", default=data.MEMORY_BUDGET,
         help="a folder whose pictures take more memory than this is streamed from its files at every epoch")
-    add("--workers", type=whole_number, metavar="N", default=None,
+    add("--workers", type=process_count, metavar="N", default=None,
         help="processes that read what is streamed (None: as many as cores, less one, at most 16)")
     add("--epochs", type=positive_int, metavar="N", default=20, help="passes over the training images")
     add("--batch-size", type=positive_int, metavar="N", default=64,
@@ -207,7 +213,7 @@ whole = number(int, "a whole number from 0 to a billion", lambda value: 0 <= val
 power_of_two = number(int, "a power of two: 1, 2, 4, ...", lambda value: value in {2**i for i in range(16)})
 interval = number(str, "steps, such as 500, or seconds, such as 300s",
                   lambda value: re.fullmatch(r"0*[1-9]\d{0,8}s?", value, re.ASCII) is not None)
-whole_number = number(int, "a whole number from 0 to 1024", lambda value: 0 <= value <= 1024)
+process_count = number(int, "a whole number from 0 to 1024", lambda value: 0 <= value <= 1024)
 seed = number(int, "a whole number from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import checkpoint
 from errors import UserError
 
 TYPES = {".png": "image/png", ".gif": "image/gif"}
@@ -36,7 +36,6 @@ def write(path: Path, title: str, about: str, numbers: Sequence[tuple[str, str]]
                                for number, (heading, _, _) in enumerate(sections)) + "</nav>",
              "<table>" + "".join(f"<tr><td>{html.escape(name)}</td><th>{html.escape(value)}</th></tr>"
                                  for name, value in numbers) + "</table>"]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         for number, (heading, text, pictures) in enumerate(sections):
             parts.append(f"<h2 id='{number}'>{html.escape(heading)}</h2><p>{html.escape(text)}</p>")
@@ -47,13 +46,11 @@ def write(path: Path, title: str, about: str, numbers: Sequence[tuple[str, str]]
         body = "\n".join(parts)
         page = f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
+        with checkpoint.whole_file(path) as file:
+            file.write(page.encode())
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another "
+        raise UserError(f"cannot write {path}: {error}; free space or choose another "
                         "--runs-dir") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _embedded(picture: Path) -> str:

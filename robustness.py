@@ -72,7 +72,7 @@ def measure(model: nn.Module, split: data.Split, dataset: data.Dataset, device: 
         for strength in corruption.strengths:
             spoiled = data.Split(corruption.apply(images, strength), labels)
             probabilities = evaluate.predict(model, spoiled, dataset, device)
-            accuracy.append((probabilities.argmax(1) == labels.cpu()).double().mean().item())
+            accuracy.append(evaluate.accuracy(probabilities, labels))
         curves[name] = {"unit": corruption.unit, "strengths": list(corruption.strengths),
                         "accuracy": accuracy, "images": len(labels)}
     return curves

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from errors import UserError
-from figures import DPI, FAINT, INK, MARGIN, MUTED, PALE, RIGHT, WRONG, _figure, _title, styled
+from figures import DPI, FAINT, INK, MARGIN, MUTED, PALE, RIGHT, WRONG, _figure, _title, _title_height, styled
 
 HEAT = matplotlib.colormaps["magma"]
 MOST_SCANS = 12
@@ -60,7 +60,7 @@ def _token_maps(images, maps, orders, lengths, names, title: str, subtitle: str,
     columns, rows = len(chosen) + 1, len(images)
     gap, head, foot = 0.12, SIDE + 0.3, 0.42
     width = max(6.2, columns * (SIDE + gap) - gap + 2 * MARGIN)
-    top = 0.5 + 0.17 * (subtitle.count("\n") + 1)
+    top = _title_height(subtitle.count("\n") + 1)
     height = top + head + rows * (SIDE + gap) + foot
     figure = Figure(figsize=(width, height), dpi=DPI)
 

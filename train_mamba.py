@@ -14,7 +14,7 @@ only reported. checkpoints/<run-name>.pt is the best on validation, <run-name>.l
 from __future__ import annotations
 
 import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
-from errors import UserError, run_script  # isort: skip  (Ctrl-C is one line from here on)
+from errors import UserError, as_flag, run_script  # isort: skip  (Ctrl-C is one line from here on)
 
 import argparse
 import random
@@ -40,7 +40,7 @@ import profile_step
 from baselines import ARCHITECTURES, matched_config
 from flags import MAY_CHANGE_ON_RESUME, fill_in, parse_arguments
 from run_log import NoLog, RunLog, owner
-from training import StopRequest, Training, accuracy, negative_log_likelihood
+from training import StopRequest, Training
 
 # ---- Command line -----------------------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ def read_settings() -> tuple[argparse.Namespace, dict | None]:
     settings = parse_arguments(saved=saved)
     for name, value in vars(kept).items():  # also those newer than the run
         if name not in MAY_CHANGE_ON_RESUME and getattr(settings, name) != value:
-            flag = "--" + name.replace("_", "-")
+            flag = as_flag(name)
             raise UserError(f"{flag} is {value} in {path}; a resumed run keeps its settings, so leave {flag} "
                             "out or as it is")
     settings.resume = path
@@ -251,9 +251,9 @@ def evaluation(training: Training) -> tuple[dict, Tensor | None]:
     if not settings.train_on_all or training.epoch == settings.epochs:
         test = val if dataset.test is dataset.val else predict(dataset.test)
     return {"epoch": training.epoch, **training.summary(),
-            "val_loss": None if val is None else negative_log_likelihood(val, dataset.val.labels),
-            "val_accuracy": None if val is None else accuracy(val, dataset.val.labels),
-            "test_accuracy": None if test is None else accuracy(test, dataset.test.labels),
+            "val_loss": None if val is None else evaluate.negative_log_likelihood(val, dataset.val.labels),
+            "val_accuracy": None if val is None else evaluate.accuracy(val, dataset.val.labels),
+            "test_accuracy": None if test is None else evaluate.accuracy(test, dataset.test.labels),
             "images_per_second": training.images / training.seconds, "seconds": training.seconds,
             "evaluation_seconds": time.perf_counter() - started}, test
 
@@ -280,8 +280,8 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
             training.metrics = metrics
             loss = metrics["val_loss"]
             if loss is None:  # without validation images these show whether the last step spoiled the weights
-                loss = negative_log_likelihood(evaluate.predict(model, data.Split(examples, labels), dataset,
-                                                                training.device), labels)
+                said = evaluate.predict(model, data.Split(examples, labels), dataset, training.device)
+                loss = evaluate.negative_log_likelihood(said, labels)
             training.check_finite(loss)
             log.epoch(training.step, metrics)
             draw = settings.draw and log.draws(last=training.epoch == settings.epochs)
@@ -291,9 +291,8 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
                 log.scans(training.step, examples, explain.record(
                     model, augment.normalize(examples, dataset.mean, dataset.std)), draw)
             # Without validation images the last epoch is the one that counts.
-            chosen_by = training.epoch if settings.train_on_all else metrics["val_accuracy"]
-            if chosen_by > training.best_accuracy:
-                training.best_accuracy = chosen_by
+            if settings.train_on_all or metrics["val_accuracy"] > training.best_accuracy:
+                training.best_accuracy = metrics["val_accuracy"]
                 if distributed.is_writer():
                     checkpoint.save(best, {**about, "model": model.state_dict(), "epoch": training.epoch,
                                            "metrics": metrics})

@@ -333,16 +333,6 @@ def average(averaged: nn.Module, model: nn.Module, weight: Tensor) -> None:
             mean.copy_(new)
 
 
-def accuracy(probabilities: Tensor, labels: Tensor) -> float:
-    """Fraction of the images whose most probable class is their label."""
-    return (probabilities.argmax(1) == labels.cpu()).double().mean().item()
-
-
-def negative_log_likelihood(probabilities: Tensor, labels: Tensor) -> float:
-    """Mean over the images, in nats."""
-    return F.nll_loss(probabilities.double().clamp(min=1e-12).log(), labels.cpu()).item()
-
-
 class StopRequest:
     """Whether Ctrl-C was pressed. Within `with`, the first one asks; a second one stops at once, unsaved."""
 

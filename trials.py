@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 import metrics_file
-from errors import UserError
+from errors import UserError, as_flag
 from flags import differences, fill_in, parse_arguments
 from training import StopRequest
 
@@ -119,7 +118,7 @@ def check(trials: Iterable[Trial]) -> None:
 def difference(saved: dict, settings: argparse.Namespace) -> str | None:
     """The first flag in which these settings are not those `saved`, or None: "--lr 0.01 and not 0.02"."""
     for name, (there, value) in differences(saved, settings).items():
-        return f"--{name.replace('_', '-')} {there} and not {value}"
+        return f"{as_flag(name)} {there} and not {value}"
     return None
 
 
@@ -239,13 +238,3 @@ def _ended_by_other_signals() -> Iterator[None]:
     finally:
         for number in others:
             signal.signal(number, signal.SIG_DFL)
-
-
-def save_json(path: Path, found: dict) -> None:
-    """Write `found` whole or not at all. Raises UserError where that cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with checkpoint.whole_file(path) as file:
-            file.write((json.dumps(found, indent=1) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; choose another folder") from error

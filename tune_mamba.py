@@ -12,7 +12,7 @@ What counts is the last epoch's accuracy; the test set has no say, so that its a
 
 from __future__ import annotations
 
-from errors import ArgumentParser, UserError, run_script  # isort: skip  (Ctrl-C is one line from here on)
+from errors import ArgumentParser, UserError, as_flag, run_script  # isort: skip  (Ctrl-C is one line from here on)
 
 import argparse
 import contextlib
@@ -33,7 +33,7 @@ import evaluate
 import metrics_file
 from data import DATASETS
 from flags import as_flags, explicit, parse_arguments
-from trials import Outcome, Trial, check, save_json, train
+from trials import Outcome, Trial, check, train
 
 SET_HERE = {"run_name", "resume", "profile", "train_on_all"}  # by every trial, or not for one
 FOLDERS = {"data_dir", "runs_dir", "checkpoints_dir"}
@@ -101,10 +101,6 @@ def parse_grid(words: Sequence[str]) -> dict[str, list]:
                 raise UserError(f"--grid {word!r} has the value {value} twice; leave one out")
             grid[name].append(value)
     return grid
-
-
-def as_flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def in_words(value: object) -> str:
@@ -258,7 +254,7 @@ def table(rows: list[dict], grid: dict) -> list[str]:
 
 def save(folder: Path, about: dict, rows: list[dict]) -> None:
     """Write sweep.json and sweep.csv. Raises UserError where they cannot be written."""
-    save_json(folder / "sweep.json", {**about, "trials": rows})
+    checkpoint.save_json(folder / "sweep.json", {**about, "trials": rows})
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()

@@ -32,10 +32,10 @@ from tqdm import tqdm
 import checkpoint
 import evaluate
 from benchmarks import timing
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, UserError, as_flag, run_script
 from flags import MAY_CHANGE_ON_RESUME, explicit
 from presets import PRESETS
-from trials import Outcome, Trial, check, difference, save_json, train
+from trials import Outcome, Trial, check, difference, train
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ("machine", "jobs")  # what a run tells of the call that trained it: its times depend on both
@@ -70,7 +70,7 @@ def main() -> None:
                 raise UserError(f"{trial.name} did not finish: {outcome.failed}")
             done[trial] = outcome
             result = summary(arguments, done, trained, kept)
-            save_json(output, result)
+            checkpoint.save_json(output, result)
             own = next(run for run in result["runs"] if run["seed"] == trial.settings.seed)
             tqdm.write(f"{trial.name}: {outcome.failed or in_words(reported, own[reported])}")
     nan = f", {result['nan_runs']} of them ended in NaN" if result["nan_runs"] else ""
@@ -112,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--name must be letters, digits, - and _, but is {name!r}")
     own = {*SET_HERE, "preset"} if preset else SET_HERE
     for flag in [flag for flag in explicit(arguments.train) if flag in own]:
-        parser.error(f"--{flag.replace('_', '-')} behind -- is set by this script itself; leave it out there")
+        parser.error(f"{as_flag(flag)} behind -- is set by this script itself; leave it out there")
     if preset:
         arguments.train = ["--preset", preset, *([] if arguments.validation else ["--train-on-all"]),
                            *arguments.train]

@@ -14,7 +14,6 @@ with no scan at all tells how many times faster than mambapy's it could ever be.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -31,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import checkpoint
+import evaluate
 import mamba_ssm_simple
 from benchmarks import cuda_table, timing
 from errors import ArgumentParser, UserError, run_script
@@ -75,9 +76,7 @@ class Row(NamedTuple):
 
 def main() -> None:
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("PyTorch finds no CUDA device; use --device cpu, or install PyTorch for CUDA")
+    device = evaluate.pick_device(arguments.device)
     plan = PLANS[device.type]
     machine = timing.machine(device)
     print(timing.machine_line(device))
@@ -97,10 +96,9 @@ def main() -> None:
     if "table" in arguments.parts and device.type == "cuda":
         table = cuda_table.measure()
     output = arguments.output
-    output.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": machine, "mambapy": timing.version("mambapy"), "repeats": arguments.repeats,
               "rows": [row._asdict() for row in rows], "table": table}
-    output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    checkpoint.save_json(output, result)
     print(f"\nwritten to {output}")
 
 

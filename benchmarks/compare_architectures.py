@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import sys
@@ -39,11 +38,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import checkpoint
 import evaluate
 import figures
 from baselines import TransformerBlock, matched_size
 from benchmarks import timing
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, run_script
 from mamba_ssm_simple import MambaBlock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,25 +140,6 @@ def check_finite(step: Step) -> None:
         raise ValueError("a gradient is NaN or infinite")
 
 
-def capture(step: Step) -> Callable[[], None]:
-    """The step as a CUDA graph; call what is returned to run it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # whatever is made at the first call is made outside of the graph
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-
-    def replay(_kept: Step = step) -> None:  # the graph reads its weights and input
-        graph.replay()
-
-    return replay
-
-
 def attention_kernels(step: Step) -> list[str]:
     """Names of the kernels that did the attention of a step. Raises ValueError where none is flash's."""
     step()
@@ -178,9 +159,7 @@ def attention_kernels(step: Step) -> list[str]:
 
 def main() -> None:
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("PyTorch finds no CUDA device; use --device cpu, or install PyTorch for CUDA")
+    device = evaluate.pick_device(arguments.device)
     torch.set_float32_matmul_precision("high")
     output = arguments.output
     makers = {name: make for name, make in builders().items() if name in arguments.networks}
@@ -200,11 +179,11 @@ def main() -> None:
         result["rows"] = sorted(result["rows"] + [row._asdict() for row in measured],
                                 key=lambda row: row["tokens"])
         result["exponents"] = exponents(result["rows"])
-        write(result, output)
+        checkpoint.save_json(output, result)
         plots = draw(result, output)
     if device.type == "cuda":
         result["attention"] |= check_attention(makers, max(sizes), device, not arguments.no_compile)
-        write(result, output)
+        checkpoint.save_json(output, result)
     for name, exponent in result["exponents"].items():
         print(f"time of one sequence grows with length to the power of {exponent:.3f}: {name}")
     print(f"written to {output} and, as plots, to {', '.join(plot.name for plot in plots)}")
@@ -268,11 +247,11 @@ def measure(makers: dict[str, Callable[[], nn.Module]], size: Size, device: torc
                 step = make_step(network, make, variant, size, device)
                 check_finite(step)
                 row = row._replace(peak_mib=evaluate.peak_mib(step, device))
-                function = step if variant == PLAIN else capture(step)
+                function = step if variant == PLAIN else timing.capture(step)
                 timing.interleave({label(row): function}, 1, device)  # alone first: it may still fail
                 functions[label(row)] = function
             except Exception as error:  # a compiler, a kernel, the memory: the others go on
-                row = row._replace(error=reason(error))
+                row = row._replace(error=timing.reason(error))
                 if device.type == "cuda":
                     with contextlib.suppress(RuntimeError):
                         torch.cuda.synchronize()
@@ -292,10 +271,6 @@ def make_step(network: str, make: Callable[[], nn.Module], variant: str, size: S
     return Step(network, module, size, device)
 
 
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def check_attention(makers: dict[str, Callable[[], nn.Module]], size: Size, device: torch.device,
                     with_compile: bool) -> dict[str, list[str] | str]:
     """The kernels of each Transformer's attention, or why they are not known.
@@ -309,7 +284,7 @@ def check_attention(makers: dict[str, Callable[[], nn.Module]], size: Size, devi
             try:
                 found[name] = attention_kernels(make_step(network, makers[network], variant, size, device))
             except Exception as error:  # no profiler on this machine, or not the kernel that was asked for
-                found[name] = reason(error)
+                found[name] = timing.reason(error)
             print(f"attention of {name}: {found[name]}")
     return found
 
@@ -345,11 +320,6 @@ def show(rows: list[Row]) -> None:
         time = "" if row.median_ms is None else f"{row.median_ms:10.3f} ms{100 * row.spread:7.1f}%"
         memory = "" if row.peak_mib is None else f"{row.peak_mib:10.1f} MiB"
         print(f"  {label(row):<40}{time}{memory}{'  ' + row.error if row.error else ''}", flush=True)
-
-
-def write(result: dict, output: Path) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def draw(result: dict, output: Path) -> list[Path]:

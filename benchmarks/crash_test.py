@@ -60,8 +60,7 @@ def main() -> None:
               f"{row['survived']}, {row['equal']}, {row['epochs_lost']} "
               f"({row['runs']} runs, {row['doubled']} doubled points)", flush=True)
     result = {"machine": timing.machine(torch.device(arguments.device)), "seed": arguments.seed, "rows": rows}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    checkpoint.save_json(arguments.output, result)
     print(f"written to {arguments.output}")
     if any(row["survived"] < row["kills"] or row["equal"] < row["kills"] or row["epochs_lost"] > 0
            or row["doubled"] > 0 for row in rows):

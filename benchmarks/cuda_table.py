@@ -13,8 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from selective_scan.dispatch import _module
-
 EXPONENTIALS_PER_SECOND = 3.6e12  # of an H100: 132 processors × 16 a cycle × 1.7 GHz
 REPEATS = 9
 SHAPES = {  # name: ((b, l, e, n), dtype, target µs forward / backward on one H100)
@@ -71,8 +69,9 @@ def copy_bandwidth() -> float:
 
 def time_scan(shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[float, float]:
     """Median seconds of the forward that keeps checkpoints, and of the backward with all eight gradients."""
+    from selective_scan import cuda  # needs Triton
+
     b, l, e, n = shape
-    cuda = _module("triton")
 
     def randn(*size: int) -> Tensor:
         return torch.randn(size, device="cuda").to(dtype)

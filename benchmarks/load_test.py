@@ -16,7 +16,6 @@ import contextlib
 import gc
 import io
 import itertools
-import json
 import os
 import shlex
 import shutil
@@ -36,6 +35,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+import checkpoint
 import data
 import train_mamba
 from benchmarks import timing
@@ -62,8 +62,7 @@ def main() -> None:
             rows.append({"load": load, **put_on(load, count, Path(folder), arguments.checkpoint)})
             print(line(rows[-1]), flush=True)
     result = {"machine": timing.machine(torch.device("cpu")), "rows": rows}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    checkpoint.save_json(arguments.output, result)
     print(f"written to {arguments.output}")
     if any(row["temporary_files"] or row["processes"] or row["open_files"] or row["grown"] > GROWTH
            for row in rows):

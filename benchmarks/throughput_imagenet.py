@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +35,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import checkpoint
 import evaluate
 from baselines import VisionTransformer, count_on_meta, matched_config
 from benchmarks import timing
-from benchmarks.compare_architectures import capture, reason
-from errors import ArgumentParser, UserError, run_script
+from errors import ArgumentParser, UserError, as_flag, run_script
 from mamba_ssm_simple import VisionMamba2
 from presets import PRESETS
 
@@ -67,9 +66,7 @@ class Row(NamedTuple):
 
 def main() -> None:
     arguments = parse_arguments()
-    device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("PyTorch finds no CUDA device; use --device cpu and sizes for it, see --help")
+    device = evaluate.pick_device(arguments.device)
     torch.set_float32_matmul_precision("high")
     try:
         makers = builders(arguments.d_model, arguments.num_blocks, arguments.patch_size)
@@ -92,9 +89,7 @@ def main() -> None:
                 row = measure(row, makers[name], arguments.repeats, device)
                 show(row)
                 result["rows"] = [each for each in result["rows"] if not same(each, row)] + [row._asdict()]
-                arguments.output.parent.mkdir(parents=True, exist_ok=True)
-                arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n",
-                                            encoding="utf-8")
+                checkpoint.save_json(arguments.output, result)
     print(f"written to {arguments.output}")
 
 
@@ -130,7 +125,7 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("sizes", "batch_size", "d_model", "num_blocks", "patch_size", "repeats"):
         value = getattr(arguments, name)
         if min(value if isinstance(value, list) else [value]) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+            parser.error(f"{as_flag(name)} must be at least 1")
     return arguments
 
 
@@ -207,12 +202,12 @@ def measure(row: Row, make: Callable[[], nn.Module], repeats: int, device: torch
         step = Step(make, row.variant, row.image_size, row.batch_size, device)
         step.check_finite()
         row = row._replace(peak_mib=peak_mib(step))
-        function = capture(step) if "captured" in row.variant else step
+        function = timing.capture(step) if "captured" in row.variant else step
         times = timing.interleave({"step": function}, repeats, device)["step"]
         row = row._replace(median_ms=1000 * timing.median(times), spread=timing.spread(times),
                            images_per_second=row.batch_size / timing.median(times))
     except Exception as error:  # a compiler, a kernel, the memory: the others go on
-        row = row._replace(error=reason(error))
+        row = row._replace(error=timing.reason(error))
     del step, function  # and what they hold of the memory
     if "compiled" in row.variant:
         torch.compiler.reset()  # or it would count the next network as the same one, changed too often

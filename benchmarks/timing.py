@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from errors import ArgumentParser, UserError
+from errors import ArgumentParser, UserError, as_flag
 
 SAMPLE_SECONDS = 0.02   # a sample of a faster function is the mean of as many calls as take this long
 MOST_CALLS = 1000
@@ -77,11 +77,36 @@ def ratio(theirs: list[float], ours: list[float]) -> float:
     return median([a / b for a, b in zip(theirs, ours, strict=True)])
 
 
+def capture(function: Callable[[], object]) -> Callable[[], None]:
+    """`function` as a CUDA graph; call what is returned to run it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # whatever is made at the first call is made outside of the graph
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+
+    def replay(_kept: Callable[[], object] = function) -> None:  # the graph reads what belongs to it
+        graph.replay()
+
+    return replay
+
+
+def reason(error: Exception) -> str:
+    """Why a measurement failed, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def output_file(text: str) -> Path:
-    """An argument's type: a file that can be written; it and its folder may be new."""
+    """An argument's type: a file that can be replaced; it and its folder may be new."""
     path = Path(text)
     there = next((folder for folder in path.absolute().parents if folder.exists()), path)
-    if path.is_dir() or not there.is_dir() or not os.access(path if path.exists() else there, os.W_OK):
+    fits = (os.access(path, os.W_OK) and path.is_file()) or not path.exists()  # a device is no such file
+    if not (fits and there.is_dir() and os.access(there, os.W_OK)):
         raise argparse.ArgumentTypeError(f"{text} cannot be written; choose another file")
     return path
 
@@ -99,7 +124,7 @@ def output_of(parser: ArgumentParser, arguments: argparse.Namespace, default: Pa
                and _sorted(getattr(arguments, name)) != _sorted(parser.get_default(name))]
     if changed and default.exists() and not getattr(arguments, "merge", False):
         merge = ", or add --merge" if "merge" in arguments else ""
-        parser.error(f"with --{changed[0].replace('_', '-')} this is not what {default} holds, and would "
+        parser.error(f"with {as_flag(changed[0])} this is not what {default} holds, and would "
                      f"replace it; name another file by --output{merge}")
     return default
 

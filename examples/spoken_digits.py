@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import json
 import shutil
 import statistics
 import subprocess
@@ -41,6 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import augment
+import checkpoint
 import data
 import evaluate
 from benchmarks import timing
@@ -277,8 +277,7 @@ def write(settings: argparse.Namespace, speech: dict, runs: list[dict]) -> None:
               "image_noise": IMAGE_NOISE, "sound_noise_db": SOUND_NOISE,
               "parameters": sum(parameter.numel() for parameter in PictureAndSound().parameters()),
               **found, "runs": runs}
-    settings.output.parent.mkdir(parents=True, exist_ok=True)
-    settings.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    checkpoint.save_json(settings.output, result)
     print(f"written to {settings.output}")
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selective_scan.dispatch import HAS_NUMBA, HAS_TRITON
+from selective_scan.dispatch import choose_implementation
 
 MODULES = {"triton": "selective_scan.causal_conv_cuda", "numba": "selective_scan.causal_conv_cpu"}
 
@@ -36,8 +36,8 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.dim() != 3 or weight.dim() != 3 or weight.shape[:2] != (x.shape[2], 1):
         raise ValueError(f"weight must be (channels, 1, w) for x (batch, length, channels), but they are "
                          f"{tuple(weight.shape)} and {tuple(x.shape)}")
-    name = _choose(x)
-    if name == "plain":
+    name = choose_implementation(x)
+    if name == "portable":
         return causal_conv_silu_plain(x, weight, bias)
     return _forward(x, weight, bias, name)
 
@@ -52,16 +52,6 @@ def causal_conv_silu_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
     image = x.transpose(1, 2).unsqueeze(2)                                            # (b, e, 1, l)
     image = F.conv2d(image, weight.unsqueeze(2), bias, padding=(0, taps - 1), groups=weight.shape[0])
     return F.silu(image[..., :x.shape[1]].squeeze(2).transpose(1, 2)).to(x.dtype)  # autocast's is another
-
-
-def _choose(x: Tensor) -> str:
-    """The fastest implementation for x's device and dtype."""
-    if x.dtype != torch.float64:  # the kernels compute in float32
-        if x.device.type == "cuda" and HAS_TRITON:
-            return "triton"
-        if x.device.type == "cpu" and HAS_NUMBA:
-            return "numba"
-    return "plain"
 
 
 # ---- The operator, registered so that torch.compile and torch.export see one opaque node. -----------------

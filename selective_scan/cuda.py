@@ -864,13 +864,12 @@ def _enter(begin: Tensor | None, u, delta, A, B, C, z, delta_bias, dout, delta_s
     n = A.shape[1]
     segments = triton.cdiv(l, segment)
     plan = _plan(b, l, e, n, CHUNK, backward=False)
-    plan = plan._replace(segment=segment)
     carried, entering = torch.empty(2, b, segments, n, e, device=u.device, dtype=torch.float32)
     delta_sums = torch.empty(b, segments, e, device=u.device, dtype=torch.float32)
     unit = _unit(u, delta, B, C, z, dout)
     segment_kernel[(triton.cdiv(e, plan.block), b * (segments - 1))](
         u, delta, A, B, C, u if z is None else z, A if delta_bias is None else delta_bias, dout, carried,
-        delta_sums, *_strides(unit, u, delta, B, C, z, dout), unit, l, e, n, plan.segment, segments,
+        delta_sums, *_strides(unit, u, delta, B, C, z, dout), unit, l, e, n, segment, segments,
         HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, REVERSE=reverse,
         ASYNC=_async(unit, u, delta, z, dout), ASYNC_PROJECTED=_async(unit, B, C), GROUP=AHEAD,
         **plan.arguments(n, 16 // u.element_size()))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selective_scan.dispatch import HAS_TRITON
+from selective_scan.dispatch import choose_implementation
 
 
 class Weights(NamedTuple):
@@ -33,7 +33,7 @@ class Weights(NamedTuple):
 
 def saves_memory(x: Tensor) -> bool:
     """Whether these operators take this input, and there will be a backward to save memory for."""
-    return torch.is_grad_enabled() and x.device.type == "cuda" and HAS_TRITON and x.dtype != torch.float64
+    return torch.is_grad_enabled() and choose_implementation(x) == "triton"
 
 
 def mixer(x: Tensor, weights: Weights) -> Tensor:

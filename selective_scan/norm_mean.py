@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selective_scan.dispatch import HAS_TRITON
+from selective_scan.dispatch import choose_implementation
 
 
 def norm_mean(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -26,7 +26,7 @@ def norm_mean(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         (batch, channels) in x's dtype or, under autocast on CUDA, float32. Sums are float32 (float64 if x is
         float64).
     """
-    if x.device.type == "cuda" and HAS_TRITON and x.dtype != torch.float64:
+    if choose_implementation(x) == "triton":
         out = torch.addcmul(bias, _forward(x.flatten(1, -2).contiguous(), eps), weight)
         return out if torch.is_autocast_enabled("cuda") else out.to(x.dtype)
     return norm_mean_plain(x, weight, bias, eps)

@@ -91,14 +91,6 @@ def command(tmp_path, monkeypatch, capfd):
 
 
 @pytest.fixture
-def undrawn(monkeypatch) -> None:
-    """No pictures for TensorBoard, which take longer than runs as short as the tests'."""
-    from run_log import RunLog  # slow to import, and not needed where Triton is interpreted
-
-    monkeypatch.setattr(RunLog, "draws", lambda *_, **__: False)
-
-
-@pytest.fixture
 def device() -> torch.device:
     """CUDA where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import random
@@ -372,3 +373,11 @@ def test_run_names():
     for name in ("", ".", "..", ".a", "a/b", "../a", "a\\b", "a\nb", "a ", "a.", "a.last", "-a", "a" * 201,
                  "C:a", "ß" * 101, "a\n"):
         assert not checkpoint.is_run_name(name), name
+
+
+def test_json_is_written_whole_or_refused_in_one_line(tmp_path):
+    checkpoint.save_json(tmp_path / "new" / "a.json", {"a": 1})
+    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        checkpoint.save_json(tmp_path / "file" / "a.json", {})

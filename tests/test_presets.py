@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import numpy as np
 import pytest
 import torch
 
 import train_mamba
+from flags import parse_arguments
 from mamba_ssm_simple import VisionMamba2
 from presets import PRESETS
 
 
-@pytest.fixture
-def settings(monkeypatch):
-    """settings(*arguments) → what train_mamba.py makes of them, as a dictionary."""
-    def parse(*arguments: object) -> dict:
-        monkeypatch.setattr(sys, "argv", ["train_mamba.py", *map(str, arguments)])
-        return vars(train_mamba.parse_arguments())
-    return parse
+def settings(*arguments: object) -> dict:
+    """What these flags of train_mamba.py mean."""
+    return vars(parse_arguments([*map(str, arguments)]))
 
 
 def typed(name: str, value: object) -> list[str]:
@@ -31,14 +28,14 @@ def typed(name: str, value: object) -> list[str]:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_what_its_flags_say(preset, settings):
+def test_a_preset_is_what_its_flags_say(preset):
     flags = [word for pair in PRESETS[preset].settings.items() for word in typed(*pair)]
     assert settings("--preset", preset) == settings(*flags) | {"preset": preset}
     assert PRESETS[preset].reason
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_flag_wins_over_every_preset(preset, settings):
+def test_a_flag_wins_over_every_preset(preset):
     given = settings("--epochs", 7, "--preset", preset, "--lr", 0.125, "--scan", "row", "--augment", "affine")
     assert (given["epochs"], given["lr"], given["scan"]) == (7, 0.125, "row")
     assert given["preset"] == preset and given["augment"] == "affine"
@@ -47,8 +44,8 @@ def test_a_flag_wins_over_every_preset(preset, settings):
 
 @pytest.mark.parametrize(("preset", "most"), [("tiny", 100_000), ("best", 1_000_000), ("cifar", 4_000_000),
                                               ("imagenet", 7_000_000)])
-def test_a_preset_keeps_its_number_of_parameters(preset, most, settings):
-    _, model = train_mamba.build_model(train_mamba.argparse.Namespace(**settings("--preset", preset)), 10, 1,
+def test_a_preset_keeps_its_number_of_parameters(preset, most):
+    _, model = train_mamba.build_model(argparse.Namespace(**settings("--preset", preset)), 10, 1,
                                        torch.device("cpu"))
     assert sum(parameter.numel() for parameter in model.parameters()) <= most
 

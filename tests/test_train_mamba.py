@@ -30,11 +30,11 @@ from flags import MAY_CHANGE_ON_RESUME, argument_parser
 from mamba_ssm_simple import VisionMamba2
 from run_log import RunLog
 from tests.commands import Ended, patched
-from training import Training, accuracy
+from training import Training
 
 ROOT = Path(__file__).parent.parent
 SMALL = shlex.split("--dataset digits --epochs 2 --batch-size 32 --lr 1e-2 --d-model 32 --num-blocks 2 "
-                    "--d-state 4 --device cpu")
+                    "--d-state 4 --device cpu --no-draw")
 STEPS = 38  # an epoch: 1,200 images in batches of 32
 IMAGES = 1200
 SPEED = {"seconds", "evaluation_seconds", "images_per_second"}
@@ -50,8 +50,8 @@ def train(command):
 def whole(tmp_path_factory) -> Path:
     """A folder where a run named `run` was trained without interruption, by the command itself."""
     place = tmp_path_factory.mktemp("whole")
-    done = subprocess.run([sys.executable, ROOT / "train_mamba.py", *SMALL, "--run-name", "run"], cwd=place,
-                          capture_output=True, encoding="utf-8", timeout=300)
+    command = [sys.executable, ROOT / "train_mamba.py", *SMALL, "--draw", "--run-name", "run"]
+    done = subprocess.run(command, cwd=place, capture_output=True, encoding="utf-8", timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert "epoch 2/2" in done.stdout
     assert done.stdout.endswith("python demo_mamba.py --checkpoint checkpoints/run.pt\n".replace("/", os.sep))
@@ -148,6 +148,7 @@ def test_checkpoints_are_what_checkpoint_py_documents(whole):
     contents = torch.load(folder / "run.pt", weights_only=True)
     assert set(contents) == {*checkpoint.REQUIRED, "run_id"}
     assert contents["format"] == 2 and contents["architecture"] == "mamba"
+    assert set(contents["dataset"]) == {"name", "classes", "mean", "std", "shape"}
     assert contents["dataset"]["name"] == "digits" and contents["dataset"]["classes"] == list("0123456789")
     assert contents["settings"]["run_name"] == "run" and contents["settings"]["lr"] == 1e-2
     last = torch.load(folder / "run.last.pt", weights_only=True)
@@ -163,7 +164,7 @@ def test_the_best_checkpoint_has_the_accuracy_that_it_tells(whole):
     model, dataset = evaluate.rebuild(contents, "cpu"), data.load("digits", "unused")
     for split, name in ((dataset.val, "val_accuracy"), (dataset.test, "test_accuracy")):
         probabilities = evaluate.predict(model, split, dataset, "cpu")
-        assert accuracy(probabilities, split.labels) == best[name]
+        assert evaluate.accuracy(probabilities, split.labels) == best[name]
 
 
 def test_recording_deltas_changes_nothing():
@@ -188,13 +189,12 @@ def test_the_demo_shows_it(whole, command, monkeypatch):
 
 
 def test_the_same_seed_gives_the_same_weights_and_curves_whether_pictures_are_drawn(train, tmp_path, whole):
-    assert train(*SMALL, "--run-name", "run", "--no-draw").status == 0
+    assert train(*SMALL, "--run-name", "run").status == 0
     assert_same_run(tmp_path, whole)
     tags = read_events(tmp_path).Tags()
     assert tags["images"] == tags["histograms"] == []
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_another_seed_gives_others(train, tmp_path):
     few = [*SMALL, "--epochs", 1, "--limit-train", 64, "--run-name"]
     assert train(*few, "a").status == train(*few, "b", "--seed", 1).status == 0
@@ -215,10 +215,9 @@ DRAWN = [  # those whose pictures for TensorBoard are of a kind of their own
     ["--batch-size", "1000", "--no-augment"], ["--limit-train", "1"],
     ["--position-conv", "--gradient-checkpointing"], ["--d-conv", "9"],
 ], ids=" ".join)
-def test_every_kind_of_run_trains(options, train, tmp_path, request):
-    if options not in DRAWN:
-        request.getfixturevalue("undrawn")
-    done = train(*SMALL, "--epochs", 1, "--limit-train", 65, "--run-name", "run", *options)
+def test_every_kind_of_run_trains(options, train, tmp_path):
+    drawn = "--draw" if options in DRAWN else "--no-draw"
+    done = train(*SMALL, drawn, "--epochs", 1, "--limit-train", 65, "--run-name", "run", *options)
     assert (done.status, done.err) == (0, "")
     assert all(math.isfinite(value) for value in read_metrics(tmp_path)[0].values())
 
@@ -242,7 +241,6 @@ Training.train_step = held
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a process")
-@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_and_resume_as_a_user_does_it(train, whole, tmp_path):
     command = [sys.executable, patched(tmp_path, HELD), *SMALL, "--run-name", "run"]
     with subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -286,7 +284,6 @@ def interrupt_evaluation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(evaluate, "predict", interrupted)
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("interrupt", "line", "steps"), [
     pytest.param(lambda patch: interrupt_step(patch, STEPS + 7), "stopped in epoch 2", STEPS + 7,
                  id="mid-epoch"),
@@ -317,7 +314,6 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(interrupt, line, steps
     assert {step for _, step in ours.keys() - theirs.keys()} <= {steps}, "where it stopped may be logged, too"
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_goes_on_after_the_checkpoint_before_its_last_was_gone_on_with(train, tmp_path, whole):
     before = ["--resume", "checkpoints/run.last.pt.previous"]
     for at, times, arguments in ((STEPS + 7, 1, [*SMALL, "--run-name", "run"]), (STEPS + 9, 2, before)):
@@ -328,7 +324,6 @@ def test_a_run_goes_on_after_the_checkpoint_before_its_last_was_gone_on_with(tra
     assert_same_run(tmp_path, whole)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_stopped_run_goes_on_where_its_checkpoint_lies_and_counts_its_seconds(train, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         interrupt_step(patch, 3)
@@ -345,7 +340,6 @@ def test_a_stopped_run_goes_on_where_its_checkpoint_lies_and_counts_its_seconds(
     assert metrics["seconds"] > 1000 and metrics["images_per_second"] < 2
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_ctrl_c_in_the_last_evaluation_changes_nothing(train, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         interrupt_evaluation(patch)
@@ -363,7 +357,6 @@ AVERAGED = ["--epochs", 3, "--limit-train", 200, "--train-on-all", "--ema", 0.9,
             "--mean-teacher", 0.5, "--drop-path", 0.2]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_the_average_is_resumed_to_the_bit_and_the_test_set_waits_for_the_last_epoch(train, tmp_path):
     assert train(*SMALL, *AVERAGED, "--run-name", "whole").status == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -555,7 +548,6 @@ def test_a_state_that_does_not_fit_is_refused(train, whole, tmp_path):
     assert_refused(train("--resume"), "does not fit", tmp_path, before)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(train):
     done = train(*SMALL, "--lr", 1e30, "--warm-up", 10_000, "--run-name", "run")
     assert done.status == 2 and done.err.startswith("error: the loss is ") and done.err.count("\n") == 1

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import copy
-import sys
 
 import pytest
 import torch
 from torch import nn
 
 import data
-import train_mamba
 from errors import UserError
+from flags import parse_arguments
 from mamba_ssm_simple import VisionMamba2
 from training import Training, average, parameter_groups
 
 
-@pytest.fixture
-def training(monkeypatch):
-    """training(*flags) → a Training of a small model on scikit-learn's digits."""
-    def make(*flags: object) -> Training:
-        monkeypatch.setattr(sys, "argv", ["train_mamba.py", "--dataset", "digits", "--device", "cpu",
-                                          *map(str, flags)])
-        return Training(VisionMamba2(d_model=16, num_blocks=1, patch_size=2, d_state=2, stem_depth=2),
-                        data.load("digits", "unused"), train_mamba.parse_arguments(), torch.device("cpu"))
-    return make
+def training(*flags: object) -> Training:
+    """A Training of a small model on scikit-learn's digits."""
+    settings = parse_arguments(["--dataset", "digits", "--device", "cpu", *map(str, flags)])
+    return Training(VisionMamba2(d_model=16, num_blocks=1, patch_size=2, d_state=2, stem_depth=2),
+                    data.load("digits", "unused"), settings, torch.device("cpu"))
 
 
 def rates(training: Training, steps: int) -> list[float]:
@@ -34,7 +29,7 @@ def rates(training: Training, steps: int) -> list[float]:
     return found
 
 
-def test_the_rate_rises_for_as_long_as_asked_and_falls_to_a_hundredth(training):
+def test_the_rate_rises_for_as_long_as_asked_and_falls_to_a_hundredth():
     run = training("--lr", 0.5, "--epochs", 2, "--batch-size", 100, "--warm-up", 4)  # 12 steps an epoch
     found = rates(run, 24)
     assert found[:4] == pytest.approx([0.125, 0.25, 0.375, 0.5]) and max(found) == 0.5
@@ -46,7 +41,7 @@ def test_the_rate_rises_for_as_long_as_asked_and_falls_to_a_hundredth(training):
     assert rates(long, 500)[-1] == 1e-3
 
 
-def test_a_mean_teacher_has_its_share_of_what_is_to_be_said(training):
+def test_a_mean_teacher_has_its_share_of_what_is_to_be_said():
     run = training("--ema", 0.9, "--mean-teacher", 0.25)
     images, labels = torch.randn(6, 1, 8, 8), torch.arange(6)
     run.averaged.head.weight.data.normal_()
@@ -59,7 +54,7 @@ def test_a_mean_teacher_has_its_share_of_what_is_to_be_said(training):
 
 
 @pytest.mark.parametrize("share", [0, 0.5, 1])
-def test_with_a_mean_teacher_of_all_nothing_is_learnt_of_labels(share, training):
+def test_with_a_mean_teacher_of_all_nothing_is_learnt_of_labels(share):
     ends = []
     for other in (0, 1):
         torch.manual_seed(1)
@@ -70,7 +65,7 @@ def test_with_a_mean_teacher_of_all_nothing_is_learnt_of_labels(share, training)
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])
-def test_preparing_changes_nothing(training, steps_before, monkeypatch):
+def test_preparing_changes_nothing(steps_before, monkeypatch):
     sizes, ends, update = [], [], Training.update
 
     def counted(trial: Training, images: torch.Tensor, labels: torch.Tensor):
@@ -98,7 +93,7 @@ def test_preparing_changes_nothing(training, steps_before, monkeypatch):
     assert torch.equal(ends[0]["rng"]["torch"], ends[1]["rng"]["torch"])
 
 
-def test_a_state_goes_on_where_weights_lie_otherwise(training, seed):
+def test_a_state_goes_on_where_weights_lie_otherwise(seed):
     ends = []
     for layout in (torch.contiguous_format, torch.channels_last):
         torch.manual_seed(seed)
@@ -130,7 +125,7 @@ def test_the_average_follows_the_weights_and_the_statistics(seed):
     assert not torch.equal(after["1.running_mean"], before["1.running_mean"])
 
 
-def test_the_average_of_few_steps_does_not_remember_the_random_weights(training):
+def test_the_average_of_few_steps_does_not_remember_the_random_weights():
     run = training("--ema", 0.999, "--batch-size", 50)
     assert run.evaluated is run.averaged
     for index, batch in enumerate(data.epoch_batches(run.dataset.train, 50, None, shuffle=False)):
@@ -145,7 +140,7 @@ def test_the_average_of_few_steps_does_not_remember_the_random_weights(training)
     assert plain.evaluated is plain.model and plain.averaged is None
 
 
-def test_a_scaler_steps_over_what_overflows_and_other_precisions_stop(training):
+def test_a_scaler_steps_over_what_overflows_and_other_precisions_stop():
     run = training("--amp", "fp16")
     run.check_finite(1.0, float("inf"))
     with pytest.raises(UserError, match="the loss is nan"):

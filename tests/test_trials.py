@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -226,11 +225,3 @@ def test_epochs_that_are_not_where_they_should_be_are_missed(place):
     run(make("a"))
     with pytest.raises(UserError, match="give the --runs-dir"):
         check(make("a", flags=("--runs-dir=elsewhere",)))
-
-
-def test_json_is_written_whole_or_refused_in_one_line(tmp_path):
-    trials.save_json(tmp_path / "new" / "a.json", {"a": 1})
-    assert json.loads((tmp_path / "new" / "a.json").read_text()) == {"a": 1}
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        trials.save_json(tmp_path / "file" / "a.json", {})
