@@ -130,8 +130,8 @@ def random_erase(images: Tensor, generator: torch.Generator, probability: float,
     """A rectangle of 2 to 20% of the area taken out of a fraction of the images (arXiv 1708.04896).
 
     images (b, C, H, W) float32 in [0, 1]; what is taken out becomes 0, the background before normalisation.
-    Where they are a `part` of a `batch` of so many images it is drawn for all of them, so that the random
-    numbers do not depend on how it is shared.
+    A rectangle may hang over the edges, and takes less then. Where the images are a `part` of a `batch` of so
+    many it is drawn for all of them, so that the random numbers do not depend on how it is shared.
     """
     b, _, height, width = images.shape
     device = images.device

@@ -117,7 +117,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(b, in_channels, height, width) → logits (b, K), any height and width."""
         x = self.stem(permute_pixels(images, self.permute_seed)).permute(0, 2, 3, 1)  # (b, height, width, d)
-        x = (x + positions(*x.shape[1:], x.device)).flatten(1, 2)                     # (b, l, d)
+        x = (x + positions(*x.shape[1:], x.device).to(x.dtype)).flatten(1, 2)         # (b, l, d)
         x = drop_tokens(x, self.drop_tokens, self.training)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.gradient_checkpointing else block(x)

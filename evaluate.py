@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
@@ -16,11 +17,12 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -80,6 +82,18 @@ def on_device(model: nn.Module, device: torch.device | str) -> nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within `with` all of `model` is in evaluation mode; afterwards each part of it is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @torch.inference_mode()
 def predict(model: nn.Module, split: data.Split, dataset: data.Dataset, device: torch.device | str,
             batch_size: int = 512) -> Tensor:
@@ -88,14 +102,13 @@ def predict(model: nn.Module, split: data.Split, dataset: data.Dataset, device: 
     `dataset` says how pixels are normalised. Progress shows on stderr where that is a terminal. The
     model is left in the mode, training or evaluation, that it came in.
     """
-    training = model.training
-    model.eval()
     probabilities = []
-    for images, _ in tqdm(data.epoch_batches(split, batch_size, None, shuffle=False), desc="predict",
-                          total=data.num_batches(split, batch_size), unit="batch", leave=False, disable=None):
-        logits = model(augment.normalize(images.to(device), dataset.mean, dataset.std))
-        probabilities.append(logits.float().softmax(dim=-1))
-    model.train(training)
+    with evaluation_mode(model):
+        for images, _ in tqdm(data.epoch_batches(split, batch_size, None, shuffle=False), desc="predict",
+                              total=data.num_batches(split, batch_size), unit="batch", leave=False,
+                              disable=None):
+            logits = model(augment.normalize(images.to(device), dataset.mean, dataset.std))
+            probabilities.append(logits.float().softmax(dim=-1))
     return torch.cat(probabilities).cpu()
 
 
@@ -185,8 +198,8 @@ def count_multiply_adds(model: nn.Module, images: Tensor) -> int:
 
     operators = torch.ops.vision_mamba2
     ours = {operators.selective_scan: scan, operators.causal_conv_silu: convolution}
-    # Without the libraries' own LSTMs, which the counter does not see into.
-    with (warnings.catch_warnings(action="ignore"), torch.no_grad(),
+    # Without the libraries' own LSTMs and the CPU's attention, which the counter does not see into.
+    with (sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(action="ignore"), torch.no_grad(),
           torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False),
           FlopCounterMode(display=False, custom_mapping=ours) as counter):
         model(images)

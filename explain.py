@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+import evaluate
 import scan_figures
 from errors import UserError
 from mamba_ssm_simple import MambaBlock, StateSpace, pixel_order, to_sequence
@@ -100,12 +101,12 @@ def record(model: nn.Module, images: Tensor) -> list[Scan]:
     if not blocks:
         raise UserError(f"there is no scan in a {type(model).__name__} to explain; choose a checkpoint of a "
                         "mamba model")
-    scans, handles, training = [], [], model.training
-    model.eval()  # or batch normalisation would learn from these images
+    scans, handles = [], []
     try:
         for number, block in enumerate(blocks, start=1):
             handles += _listen(number, block, scans)
-        model(images)
+        with evaluate.evaluation_mode(model):  # or batch normalisation would learn from these images
+            model(images)
         if getattr(model, "permute_seed", None) is not None and scans[0].grid == tuple(images.shape[2:]):
             # A token is a pixel of an image in another order: go back to where it came from.
             pixels = pixel_order(model.permute_seed, images[0, 0].numel(), torch.device("cpu"))
@@ -113,7 +114,6 @@ def record(model: nn.Module, images: Tensor) -> list[Scan]:
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
     return scans
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from selective_scan import (
@@ -353,7 +354,8 @@ def pixel_order(seed: int, pixels: int, device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=16)  # a copy to the device at every step would make it wait
 def _pixel_order(seed: int, pixels: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # or the backward could not use what an evaluation made
+    # Or the backward could not use what an evaluation made, and nobody what torch.export did: no real tensor.
+    with torch.inference_mode(False), _disable_current_modes():
         return torch.from_numpy(np.random.RandomState(seed).permutation(pixels)).to(device)
 
 

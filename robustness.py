@@ -33,7 +33,7 @@ def blur(images: Tensor, pixels: float) -> Tensor:
     """By a Gaussian of a standard deviation in pixels."""
     if pixels == 0:
         return images
-    reach = min(2 * round(3 * pixels) + 1, 2 * images.shape[-1] - 1)
+    reach = min(2 * round(3 * pixels) + 1, 2 * min(images.shape[-2:]) - 1)
     return transforms.gaussian_blur(images, [reach, reach], [pixels, pixels])
 
 

@@ -31,15 +31,21 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         (batch, length, channels) in x's dtype; sums are float32 (float64 if x is float64).
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes that do not fit each other, or an empty one.
+        TypeError: an x that is not of floating point.
     """
-    if x.dim() != 3 or weight.dim() != 3 or weight.shape[:2] != (x.shape[2], 1):
-        raise ValueError(f"weight must be (channels, 1, w) for x (batch, length, channels), but they are "
-                         f"{tuple(weight.shape)} and {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be of floating point, but is {x.dtype}")
+    if x.dim() != 3 or 0 in x.shape:
+        raise ValueError(f"x must be (batch, length, channels), none of them 0, but is {tuple(x.shape)}")
+    channels = x.shape[2]
+    if weight.dim() != 3 or weight.shape[:2] != (channels, 1) or weight.shape[2] == 0:
+        raise ValueError(f"weight must be (channels, 1, w) = ({channels}, 1, ≥ 1), but is "
+                         f"{tuple(weight.shape)}")
+    if bias is not None and tuple(bias.shape) != (channels,):
+        raise ValueError(f"bias must have shape ({channels},), but is {tuple(bias.shape)}")
     name = choose_implementation(x)
-    if name == "portable":
-        return causal_conv_silu_plain(x, weight, bias)
-    return _forward(x, weight, bias, name)
+    return _forward(x, weight, bias, name) if name in MODULES else causal_conv_silu_plain(x, weight, bias)
 
 
 def causal_conv_silu_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

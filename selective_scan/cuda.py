@@ -165,7 +165,7 @@ def _plan(batch: int, length: int, channels: int, n: int, chunk: int, backward: 
     N = triton.next_power_of_2(n)
     warps = min(2, triton.next_power_of_2(triton.cdiv(channels, 32)))
     if backward:
-        plan = Plan(warps, lanes_n=max(4, N // 4), channels=4, registers=255, segment=0)
+        plan = Plan(warps, lanes_n=min(32, max(4, N // 4)), channels=4, registers=255, segment=0)
     else:
         plan = Plan(warps, lanes_n=max(1, N // 16), channels=1, registers=168, segment=0)
     # Each of the 528 schedulers of 132 processors wants a warp, and hides what a step waits for with a second

@@ -8,6 +8,7 @@ import os
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from selective_scan.reference import selective_scan_reference
 
@@ -57,7 +58,8 @@ def selective_scan(
 
     Returns:
         out (batch, length, channels) in u's dtype; with return_last_state also the last state
-        (batch, channels, d_state) in float32 or float64. Both are differentiable once.
+        (batch, channels, d_state) in float32 or float64. Both are differentiable once; in forward mode
+        (torch.func.jvp) by the reference, which is slow.
 
     Raises:
         ValueError: a shape that does not fit, an empty dimension, or tensors on different devices.
@@ -69,6 +71,8 @@ def selective_scan(
 
 def choose_implementation(u: Tensor) -> str:
     """The fastest implementation for u's device and dtype: the one place where this is decided."""
+    if forward_ad._current_level >= 0:  # operators know no forward-mode derivative, and would give none, or 0
+        return "reference"
     if u.dtype != torch.float64:  # the kernels compute in float32
         if u.device.type == "cuda" and HAS_TRITON:
             return "triton"

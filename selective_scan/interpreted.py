@@ -69,7 +69,8 @@ def shared_parts(group, rows, columns) -> Shared:
 
 def _full_of_nan(shape: list, dtype: tl.dtype) -> Shared:
     # The interpreter has the bits of bfloat16 in an integer; all ones are NaN in every format.
-    kind = np.dtype({tl.float32: np.float32, tl.float16: np.float16, tl.bfloat16: np.uint16}[dtype])
+    kinds = {tl.float64: np.float64, tl.float32: np.float32, tl.float16: np.float16, tl.bfloat16: np.uint16}
+    kind = np.dtype(kinds[dtype])
     ones = np.full([*map(number, shape), kind.itemsize], 255, np.uint8)
     return Shared(ones.view(kind)[..., 0], dtype)
 

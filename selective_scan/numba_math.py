@@ -1,8 +1,8 @@
 """What the Numba kernels are made of: how they are compiled, and exponential, sigmoid and softplus.
 
 `np.exp` is a scalar call in PyPI's Numba, so these are written out as polynomials, which LLVM turns into SIMD
-instructions. exp2 is right to one unit in the last place of float32; sigmoid and softplus of x lose up to
-|x| / 2 units more, because x is scaled for it and rounded.
+instructions. exp2 is right to one unit in the last place of float32, from 2^−126 up; sigmoid and softplus of
+x lose up to |x| / 2 units more, because x is scaled for it and rounded.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ use_whole_vectors()  # before anything is decorated: Numba looks at its settings
 
 @njit(fastmath=FAST - {"reassoc"}, error_model="numpy")
 def exp2(x):
-    """2^x for float32, clamped to the normal range; minimax polynomial on [−½, ½].
+    """2^x for float32 by a minimax polynomial on [−½, ½]; 0 below 2^−126.5, infinite from 2^127.5 on.
 
     Without reassoc, by which LLVM would make x + ROUND − ROUND x.
     """
-    x = max(min(x, np.float32(127.0)), np.float32(-126.0))
+    # The exponent's bits of 2^−127 are those of 0, and those of 2^128 infinity's.
+    x = max(min(x, np.float32(128.0)), np.float32(-127.0))
     rounded = np.float32(x + ROUND)
     f = x - (rounded - ROUND)
     p = np.float32(1.5353362e-4)

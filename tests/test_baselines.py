@@ -104,6 +104,16 @@ def test_learns_which_half_is_bright(architecture, seed):
     assert loss < 0.1
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_may_be_of_any_dtype(architecture, dtype, seed):
+    model, images = build(architecture, d_model=16, num_blocks=2).eval(), torch.randn(3, 1, 8, 8)
+    expected = model(images)
+    logits = model.to(dtype)(images.to(dtype))
+    assert logits.dtype == dtype
+    assert torch.allclose(logits.float(), expected, atol=1e-5 if dtype is torch.float64 else 0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_lstm_computes_in_the_precision_that_was_asked_for(dtype, device, seed):
     """PyTorch alone would take float16 for either on CUDA; there float32 takes bfloat16's place."""

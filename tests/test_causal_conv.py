@@ -63,6 +63,26 @@ def test_float64_is_exact(seed):
     assert torch.autograd.gradcheck(causal_conv_silu, leaves)
 
 
-def test_shapes_that_do_not_fit():
-    with pytest.raises(ValueError, match="weight must be"):
-        causal_conv_silu(torch.randn(2, 5, 3), torch.randn(4, 1, 4), None)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # of torch.func itself
+def test_forward_mode_derivatives_are_those_of_the_plain_one(seed):
+    x, weight, bias, dx = torch.randn(2, 5, 3), torch.randn(3, 1, 4), torch.randn(3), torch.randn(2, 5, 3)
+    expected, got = (torch.func.jvp(lambda x, f=function: f(x, weight, bias), (x,), (dx,))[1]
+                     for function in (causal_conv_silu_plain, causal_conv_silu))
+    assert torch.equal(got, expected) and expected.abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("x", "weight", "bias", "message"), [
+    ((2, 5, 3), (4, 1, 4), None, r"weight must be \(channels, 1, w\) = \(3, 1, ≥ 1\)"),
+    ((2, 5, 3), (3, 1, 0), None, "weight must be"),
+    ((2, 5, 3), (3, 1, 4), (1,), r"bias must have shape \(3,\), but is \(1,\)"),
+    ((0, 5, 3), (3, 1, 4), None, "x must be"),
+    ((5, 3), (3, 1, 4), None, "x must be"),
+])
+def test_shapes_that_do_not_fit(x, weight, bias, message):
+    with pytest.raises(ValueError, match=message):
+        causal_conv_silu(torch.randn(x), torch.randn(weight), None if bias is None else torch.randn(bias))
+
+
+def test_whole_numbers_are_refused():
+    with pytest.raises(TypeError, match="floating point"):
+        causal_conv_silu(torch.ones(2, 5, 3, dtype=torch.int64), torch.randn(3, 1, 4), None)

@@ -77,12 +77,13 @@ def compile_all(capability: int) -> None:
     causal_conv_cuda.sum_rows = lambda sums, split: (sums[0, :split], sums[0, split:])
     if capability < 80:
         cuda._async = lambda *_: False
-    b, l, e, n = 2, 256, 64, 16
+    b, l, e = 2, 256, 64
     u, delta, z, dout = torch.empty(4, b, l, e, dtype=torch.bfloat16)
-    B, C = torch.empty(2, b, l, n, dtype=torch.bfloat16)
-    A, D, bias = torch.empty(e, n), torch.empty(e), torch.empty(e)
-    _, _, checkpoints = cuda.forward(u, delta, A, B, C, D, z, bias, True, True)
-    cuda.backward(dout, None, u, delta, A, B, C, D, z, bias, True, checkpoints)
+    for n in (16, 130):
+        B, C = torch.empty(2, b, l, n, dtype=torch.bfloat16)
+        A, D, bias = torch.empty(e, n), torch.empty(e), torch.empty(e)
+        _, _, checkpoints = cuda.forward(u, delta, A, B, C, D, z, bias, True, True)
+        cuda.backward(dout, None, u, delta, A, B, C, D, z, bias, True, checkpoints)
     for taps in (4, 32, 35):  # in registers, and in a loop without and with a rest
         weight = torch.empty(e, 1, taps)
         causal_conv_cuda.forward(u, weight, bias)

@@ -20,7 +20,7 @@ import checkpoint
 import data
 import demo_mamba
 import evaluate
-from baselines import ARCHITECTURES, VisionLSTM, matched_config
+from baselines import ARCHITECTURES, VisionLSTM, VisionTransformer, matched_config
 from demo_mamba import parse_arguments, picture_names
 from errors import UserError
 from mamba_ssm_simple import VisionMamba2
@@ -350,6 +350,14 @@ def test_multiply_adds_are_those_of_the_layers():
     mixer = tokens * (16 * 2 * e + e * (r + 2 * n) + r * e + e * 16 + 3 * e * n + e * w)
     counted = evaluate.count_multiply_adds(evaluate.rebuild(contents(), "cpu"), torch.zeros(1, 1, 8, 8))
     assert counted == stem + mixer + 16 * 10
+
+
+def test_multiply_adds_of_attention_are_counted_on_a_cpu_too():
+    width, mlp, tokens = 16, 20, 64
+    model = VisionTransformer(d_model=width, num_blocks=1, mlp_width=mlp, patch_size=1)
+    block = tokens * (4 * width * width + 2 * width * mlp) + 2 * tokens * tokens * width
+    counted = evaluate.count_multiply_adds(model, torch.zeros(1, 1, 8, 8))
+    assert counted == tokens * width + block + width * 10
 
 
 def test_pick_device():

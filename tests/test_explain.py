@@ -94,9 +94,10 @@ def test_hooks_are_removed_even_after_an_error(seed):
     net = model().train()
     explain.record(net, torch.randn(1, 1, 8, 8))
     assert hooks(net) == 0 and net.training
+    net.stem.eval()  # frozen, and to stay so
     with pytest.raises(RuntimeError):
         explain.record(net, torch.randn(1, 7, 8, 8))
-    assert hooks(net) == 0 and net.training
+    assert hooks(net) == 0 and net.training and net.head.training and not net.stem.training
 
 
 def test_a_model_without_a_scan_is_refused_in_one_line():

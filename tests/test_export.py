@@ -12,7 +12,7 @@ import data
 import export
 from baselines import VisionTransformer
 from errors import UserError
-from mamba_ssm_simple import VisionMamba2
+from mamba_ssm_simple import VisionMamba2, _pixel_order
 from trained import TrainedModel
 
 CONFIG = {"d_model": 16, "num_blocks": 2, "patch_size": 2, "d_state": 4}
@@ -46,6 +46,16 @@ def test_the_onnx_model_equals_pytorch_for_any_batch(changes, tmp_path, seed):
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["classes"]) == list("0123456789")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "tiny.pt"]
+
+
+def test_a_random_order_first_asked_for_by_the_export_is_real(tmp_path, seed):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = trained(tmp_path, patch_size=1, scan="raster", permute_seed=5)
+    expected = model.logits(images := torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8))
+    _pixel_order.cache_clear()
+    export.export(model, tmp_path / "model.onnx")
+    assert torch.equal(model.logits(images), expected)
 
 
 def test_a_model_that_differs_is_not_kept(tmp_path, monkeypatch):

@@ -57,10 +57,19 @@ def test_elementary_functions(function, seed):
 
 
 def test_exp2_at_the_ends_and_nan():
-    x = np.array([127, 200, np.inf, -126, -200, -np.inf, np.nan], np.float32)
+    x = np.array([127, -126, 128, 200, np.inf, -127, -200, -np.inf, np.nan], np.float32)
     y = np.empty_like(x)
     exp2_of(x, y)
-    assert (y[:3] == 2.0**127).all() and (y[3:6] == 2.0**-126).all() and np.isnan(y[6])
+    assert y[0] == 2.0**127 and y[1] == 2.0**-126
+    assert (y[2:5] == np.inf).all() and (y[5:8] == 0).all() and np.isnan(y[8])
+
+
+def test_sigmoid_at_the_ends_and_nan():
+    x = np.array([1e38, np.inf, -1e38, -np.inf, np.nan], np.float32)
+    for function in (sigmoid_of, slope_of):
+        y = np.empty_like(x)
+        function(x, y)
+        assert (y[:2] == 1).all() and (y[2:4] == 0).all() and np.isnan(y[4])
 
 
 @pytest.fixture

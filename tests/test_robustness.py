@@ -28,6 +28,12 @@ def test_strength_0_changes_nothing_and_more_changes_more(name, images):
     assert distances[0] == 0 and distances[1] > 0 and distances[-1] > distances[1]
 
 
+def test_images_may_be_low_and_wide(seed):
+    images = torch.randint(0, 256, (2, 1, 8, 16), dtype=torch.uint8)
+    for corruption in robustness.CORRUPTIONS.values():
+        assert corruption.apply(images, corruption.strengths[-1]).shape == images.shape
+
+
 def test_directions(images):
     assert torch.equal(robustness.shift(images, 2)[..., 2:, 2:], images[..., :-2, :-2])
     assert torch.equal(robustness.rotate(images, 90), images.rot90(1, (2, 3)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import multiprocessing
@@ -212,6 +213,18 @@ def test_large_steps_and_gates(name):
     inputs["z"] = 60 * torch.randn_like(inputs["z"])
     inputs["A"] = 20 * inputs["A"]
     assert_agrees(name, inputs)
+
+
+@for_each_implementation
+def test_the_ends_of_float32(name):
+    """A gate of −1e38 lets nothing through, and a step of 1e20 nothing of the state before."""
+    inputs = {key: torch.ones(1, 3, 1) for key in ("u", "delta", "z", "B", "C")} | {"A": -torch.ones(1, 1)}
+    shut = {**inputs, "z": torch.tensor([1.0, -1e38, 1.0]).view(1, 3, 1)}
+    assert run_implementation(name, **shut)[0, 1, 0] == 0
+    inputs["delta"] = torch.tensor([1.0, 1e20, 1.0]).view(1, 3, 1)
+    leaf = inputs["A"].requires_grad_()
+    gradient, = torch.autograd.grad(run_implementation(name, **inputs)[0, 1].sum(), leaf)
+    assert gradient.item() == 0
 
 
 @for_each_implementation
@@ -496,6 +509,15 @@ def test_a_second_derivative_is_refused(name):
     gradient, = torch.autograd.grad(run_implementation(name, u, **inputs).sum(), u, create_graph=True)
     with pytest.raises(RuntimeError):
         torch.autograd.grad((gradient**2).sum(), u)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")  # of torch.func itself
+def test_forward_mode_derivatives_are_the_references():
+    inputs = random_inputs(SMALL)
+    u, tangent = inputs.pop("u"), torch.randn_like(inputs["z"])
+    got, expected = (torch.func.jvp(lambda u, f=function: f(u, **inputs), (u,), (tangent,))[1]
+                     for function in (selective_scan, functools.partial(run_implementation, "reference")))
+    assert torch.equal(got, expected) and expected.abs().max() > 0.1
 
 
 # ---- Choice and errors ------------------------------------------------------------------------------------
