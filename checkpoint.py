@@ -201,7 +201,7 @@ def newest(folder: Path, unfinished: bool = False) -> Path:
             found[path.with_name(path.name.removesuffix(".previous"))] = path
     else:
         found = {path: path for path in Path(folder).glob("*.pt") if not path.name.endswith(".last.pt")}
-    found = {path: there for path, there in found.items() if not path.name.startswith(".")}
+    found = {path: there for path, there in found.items() if there.is_file() and path.name[0] != "."}
     if not found:
         raise UserError(f"no {'.last.pt' if unfinished else '.pt'} checkpoint in {folder}; "
                         "train one with: python train_mamba.py")

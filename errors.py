@@ -50,8 +50,8 @@ def image_size(text: str) -> tuple[int, int]:
 def run_script(main: Callable[[], None]) -> None:
     """Run `main`; what a person can mend becomes one line on stderr.
 
-    Exit status 2: a `UserError`, a full disk or a full memory. 130: Ctrl-C. 141, without a word: the
-    reader of the output has gone, as in `python train_mamba.py | head`.
+    Exit status 2: a `UserError`, a file that cannot be used, a full disk or a full memory. 130: Ctrl-C. 141,
+    without a word: the reader of the output has gone, as in `python train_mamba.py | head`.
     """
     threading.excepthook = _thread_failed
     try:
@@ -71,9 +71,11 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would flush into it again
         sys.exit(141)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail(f"the disk is full ({error}); free space and go on with --resume, or write to another disk")
+        if error.filename is None:
             raise
-        _fail(f"the disk is full ({error}); free space and go on with --resume, or write to another disk")
+        _fail(f"cannot read or write {error.filename}: {error.strerror}; check its name and permissions")
     except (MemoryError, RuntimeError) as error:  # PyTorch has a RuntimeError for each device
         if not is_out_of_memory(error):
             raise

@@ -180,8 +180,8 @@ def argument_parser() -> ArgumentParser:
     add("--runs-dir", type=Path, metavar="DIR", default=Path("runs"),
         help="TensorBoard and metrics.jsonl go into DIR/<run-name>")
     add("--draw", action=argparse.BooleanOptionalAction, default=True,
-        help="give TensorBoard pictures of mistakes and of what the scans select, after the first epoch, the "
-        "last, and between them as often as a tenth of the time allows")
+        help="give TensorBoard pictures of mistakes, and pictures and histograms of what the scans select, "
+        "after the first epoch, the last, and between them as often as a tenth of the time allows")
     add("--checkpoints-dir", type=Path, metavar="DIR", default=Path("checkpoints"),
         help="checkpoints go here")
     add("--checkpoint-every", type=interval, metavar="STEPS|SECONDSs", default="300s",

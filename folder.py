@@ -108,16 +108,7 @@ def _classes(folder: Path, root: Path) -> tuple[tuple[str, ...], Pictures]:
 def _split(root: Path, classes: tuple[str, ...], pictures: Pictures) -> tuple[Pictures, Pictures, Pictures]:
     """Training, validation and test: as split.json says; without one, as made now and written into it."""
     path = root / SPLIT_FILE
-    if path.exists():
-        chosen = _read_split(path)
-    else:
-        chosen = _choose(len(classes), pictures)
-        text = json.dumps({name: sorted(paths) for name, paths in chosen.items()}, indent=0)
-        try:
-            path.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
-        except OSError as error:
-            print(f"warning: cannot write {path} ({error.strerror}), so the split is made anew each time",
-                  file=sys.stderr)
+    chosen = _read_split(path) if path.exists() else _choose(len(classes), pictures)
     val, test = ([picture for picture in pictures if picture[0] in chosen[name]] for name in ("val", "test"))
     held_out = chosen["val"] | chosen["test"]
     train = [picture for picture in pictures if picture[0] not in held_out]
@@ -125,6 +116,13 @@ def _split(root: Path, classes: tuple[str, ...], pictures: Pictures) -> tuple[Pi
         if not part:
             raise UserError(f"{root} has no pictures for {name}; add pictures, at least 3 in a class"
                             + (f", and delete {path}" if path.exists() else ""))
+    if not path.exists():
+        text = json.dumps({name: sorted(paths) for name, paths in chosen.items()}, indent=0)
+        try:
+            path.write_text(text + "\n", encoding="utf-8", errors="surrogateescape")
+        except OSError as error:
+            print(f"warning: cannot write {path} ({error.strerror}), so the split is made anew each time",
+                  file=sys.stderr)
     return train, val, test
 
 

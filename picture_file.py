@@ -23,10 +23,10 @@ def open_picture(path: Path, least: tuple[int, int] | None = None) -> Image.Imag
     Raises UserError for a file that is missing, empty, no picture, damaged or above 64 megapixels.
     """
     too_large = UserError(f"{path} has more than {MAX_PIXELS // 2**20} megapixels; make it smaller")
-    if not path.is_file():
-        raise UserError(f"{path} is a folder; name the pictures in it" if path.is_dir() else
-                        f"there is no picture {path}; check the name")
     try:
+        if not path.is_file():
+            raise UserError(f"{path} is a folder; name the pictures in it" if path.is_dir() else
+                            f"there is no picture {path}; check the name")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of sizes; we refuse them
             with Image.open(path, formats=FORMATS) as image:

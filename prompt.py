@@ -41,7 +41,7 @@ def fetch_image(demo: TrainedModel, answer: str) -> tuple[Tensor, int | None]:
     try:
         number = int(answer)
     except ValueError:
-        return demo.picture(Path(answer).expanduser()), None
+        return demo.picture(Path(os.path.expanduser(answer))), None
     images, labels = demo.dataset.test
     if not 0 <= number < len(labels):
         raise UserError(f"there is no test image {number}; choose from 0 to {len(labels) - 1}")

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+import augment
 import checkpoint
 import data
 import explain
@@ -20,8 +22,8 @@ import figures
 import metrics_file
 from errors import UserError
 
-PICTURES_SHARE = 0.1  # of a run's time
-OWNER = ".run"        # a hidden file in a run's folder
+PICTURES_SHARE = 0.1           # of a run's time
+OWNER, LOCK = ".run", ".lock"  # hidden files in a run's folder
 
 
 class Ration:
@@ -120,16 +122,16 @@ class RunLog:
                 self.writer.add_figure("test/confusion", confusion, step)
                 self.writer.add_figure("test/mistakes", mistakes, step)
 
-    def scans(self, step: int, images: Tensor, scans: list[explain.Scan], draw: bool) -> None:
-        """What the scans did with `images`: histograms of log10 Δ and, to `draw`, its maps and what the state
-        remembers."""
-        for scan in scans:
-            log10 = torch.log10(scan.delta.clamp(min=1e-9))
-            self.writer.add_histogram(f"log10_delta/{scan.name}", log10, step)
-        if draw:
-            with self.drawing.spending():
-                for name, figure in explain.draw(images.cpu(), scans).items():
-                    self.writer.add_figure(f"scan/{Path(name).stem}", figure, step)
+    def scans(self, step: int, model: nn.Module, images: Tensor, dataset: data.Dataset) -> None:
+        """What the scans of `model` did with `images`, shown to it normalised by `dataset`: histograms of
+        log10 Δ, its maps and what the state remembers."""
+        with self.drawing.spending():
+            scans = explain.record(model, augment.normalize(images, dataset.mean, dataset.std))
+            for scan in scans:
+                log10 = torch.log10(scan.delta.clamp(min=1e-9))
+                self.writer.add_histogram(f"log10_delta/{scan.name}", log10, step)
+            for name, figure in explain.draw(images.cpu(), scans).items():
+                self.writer.add_figure(f"scan/{Path(name).stem}", figure, step)
 
     def hparams(self, step: int, settings: dict, metrics: dict) -> None:
         """The run's settings beside its final metrics (TensorBoard's HParams tab)."""
@@ -138,6 +140,39 @@ class RunLog:
         results = {f"final/{name}": value for name, value in metrics.items()
                    if name.endswith("accuracy") and value is not None}
         self.writer.add_hparams(plain, results, run_name=".", global_step=step)
+
+
+@contextlib.contextmanager
+def claim(folder: Path, new: bool) -> Iterator[None]:
+    """A run's folder for this process alone: made where it is missing, and free again when the process ends.
+
+    Raises UserError where another process has it, where a `new` run would find one begun, or where it cannot
+    be written.
+    """
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(NotImplementedError):  # a file system that knows no locks
+            lock.acquire()
+    except Timeout as error:
+        raise UserError(f"another process trains {folder} now; wait for it, stop it, or begin a run of your "
+                        "own by another --run-name") from error
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --runs-dir"
+                        ) from error
+    try:
+        if new and is_begun(folder):
+            raise UserError(f"{folder} exists; choose another --run-name")
+        yield
+    finally:
+        lock.release()
+
+
+def is_begun(folder: Path) -> bool:
+    """Whether there is anything of a run in its folder, or something else that is no folder."""
+    if not folder.is_dir():
+        return folder.exists()
+    return any(path.name != LOCK for path in folder.iterdir())
 
 
 def owner(folder: Path) -> str | None:

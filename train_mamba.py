@@ -17,6 +17,7 @@ import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them o
 from errors import UserError, as_flag, run_script  # isort: skip  (Ctrl-C is one line from here on)
 
 import argparse
+import contextlib
 import random
 import shlex
 import sys
@@ -29,7 +30,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import augment
 import checkpoint
 import data
 import distributed
@@ -39,7 +39,7 @@ import memory
 import profile_step
 from baselines import ARCHITECTURES, matched_config
 from flags import MAY_CHANGE_ON_RESUME, fill_in, parse_arguments
-from run_log import NoLog, RunLog, owner
+from run_log import NoLog, RunLog, claim, is_begun, owner
 from training import StopRequest, Training
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -95,14 +95,14 @@ def check_paths(settings: argparse.Namespace) -> None:
         raise UserError(f"--run-name {settings.run_name!r} cannot name a folder everywhere; use letters, "
                         "digits, - and _")
     paths = run_paths(settings)
-    last = paths[-1]
+    folder, _, last = paths
     for path, flag in zip(paths, ("--runs-dir", "--checkpoints-dir", "--checkpoints-dir"), strict=True):
         try:
-            if settings.resume is None and checkpoint.exists(path):
+            if settings.resume is None and (is_begun(path) if path == folder else checkpoint.exists(path)):
                 go_on = f", or go on with that run by --resume {quoted(last)}"
                 raise UserError(f"{path} exists; choose another --run-name"
                                 + (go_on if checkpoint.exists(last) else ""))
-            with tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())):
+            with tempfile.TemporaryFile(dir=next(place for place in path.parents if place.exists())):
                 pass
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}; choose another {flag}"
@@ -135,9 +135,10 @@ def main() -> None:
 
 
 def run(settings: argparse.Namespace, resumed: dict | None) -> None:
+    folder, best, last = run_paths(settings)
     if resumed and resumed["epoch"] >= settings.epochs:
-        distributed.say(f"{settings.run_name} has finished its {settings.epochs} epochs; see it with: "
-              f"python demo_mamba.py --checkpoint {quoted(run_paths(settings)[1])}")
+        distributed.say(f"{settings.run_name} has finished its {settings.epochs} epochs; see it with: python "
+                        f"demo_mamba.py --checkpoint {quoted(best if best.exists() else settings.resume)}")
         return
     device = distributed.own_device(evaluate.pick_device(settings.device))
     if settings.batch_size < distributed.size():
@@ -165,6 +166,9 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     training = Training(model, dataset, settings, device)
     if resumed:
         training.load(resumed)
+        if training.epoch > 0 and not best.exists():
+            training.best_accuracy = -1.0
+            distributed.say(f"{best} is gone; the best model is sought anew among the epochs to come")
     if settings.profile:
         if distributed.size() > 1:
             raise UserError("--profile looks into one process; run it without torchrun")
@@ -178,27 +182,31 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
                          "std": list(dataset.std), "shape": list(dataset.shape)},
              "settings": {name: str(value) if isinstance(value, Path) else value
                           for name, value in vars(settings).items() if name != "resume"}}
-    folder, _, last = run_paths(settings)
-    if distributed.is_writer() and not resumed:  # so that what there is of a run can always be gone on with
-        checkpoint.save(last, {**about, **training.state()})
-    training.saved = f"{last} (step {training.step})"
-    log = RunLog(folder, training.epoch, training.step, run_id) if distributed.is_writer() else NoLog()
-    with log, StopRequest() as stop, memory.told_when_full(training):
-        if device.type == "cuda" and distributed.size() == 1:
-            training.prepare()
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        count = distributed.size()
-        each = f" in each of {count} processes, {settings.batch_size} together" if count > 1 else ""
-        distributed.say(
-            f"{settings.run_name}: {dataset.name}, {len(dataset.train.labels):,} training images, "
-            f"{settings.batch_size / count:g} a step{each}, {parameters:,} parameters, "
-            f"{evaluate.device_name(device)}, {settings.epochs} epochs")
-        if dataset.streamed:
-            distributed.say(f"pictures of {dataset.shape[1]}×{dataset.shape[2]} pixels, streamed by "
-                            f"{dataset.train.images.workers} workers")
-        if dataset.test is dataset.val:
-            distributed.say("there is no test set: the accuracy on validation is reported as test, too")
-        train(training, about, log, stop)
+    with claim(folder, new=resumed is None) if distributed.is_writer() else contextlib.nullcontext():
+        if distributed.is_writer() and not resumed:  # what there is of a run can then always be gone on with
+            checkpoint.save(last, {**about, **training.state()})
+        training.saved = f"{last} (step {training.step})"
+        log = RunLog(folder, training.epoch, training.step, run_id) if distributed.is_writer() else NoLog()
+        with log, StopRequest() as stop, memory.told_when_full(training):
+            if device.type == "cuda" and distributed.size() == 1:
+                training.prepare()
+            introduce(training)
+            train(training, about, log, stop)
+
+
+def introduce(training: Training) -> None:
+    """Say what is trained, on what and where."""
+    settings, dataset, count = training.settings, training.dataset, distributed.size()
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    each = f" in each of {count} processes, {settings.batch_size} together" if count > 1 else ""
+    distributed.say(f"{settings.run_name}: {dataset.name}, {len(dataset.train.labels):,} training images, "
+                    f"{settings.batch_size / count:g} a step{each}, {parameters:,} parameters, "
+                    f"{evaluate.device_name(training.device)}, {settings.epochs} epochs")
+    if dataset.streamed:
+        distributed.say(f"pictures of {dataset.shape[1]}×{dataset.shape[2]} pixels, streamed by "
+                        f"{dataset.train.images.workers} workers")
+    if dataset.test is dataset.val:
+        distributed.say("there is no test set: the accuracy on validation is reported as test, too")
 
 
 def check_model(settings: argparse.Namespace) -> None:
@@ -287,9 +295,8 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
             draw = settings.draw and log.draws(last=training.epoch == settings.epochs)
             if test is not None:
                 log.test(training.step, dataset.test, test, dataset.classes, draw)
-            if settings.draw and explain.has_scan(model):
-                log.scans(training.step, examples, explain.record(
-                    model, augment.normalize(examples, dataset.mean, dataset.std)), draw)
+            if draw and explain.has_scan(model):
+                log.scans(training.step, model, examples, dataset)
             # Without validation images the last epoch is the one that counts.
             if settings.train_on_all or metrics["val_accuracy"] > training.best_accuracy:
                 training.best_accuracy = metrics["val_accuracy"]

@@ -37,6 +37,7 @@ from trials import Outcome, Trial, check, train
 
 SET_HERE = {"run_name", "resume", "profile", "train_on_all"}  # by every trial, or not for one
 FOLDERS = {"data_dir", "runs_dir", "checkpoints_dir"}
+NO_MATTER = {"draw", "checkpoint_every", "workers"}  # for what is learnt
 SWITCH = {"true": True, "false": False}
 OPTUNA = "optuna.log"  # what Optuna has seen of a sweep
 
@@ -88,7 +89,7 @@ def parse_grid(words: Sequence[str]) -> dict[str, list]:
         if name not in names:
             raise UserError(f"--grid {word!r}: train_mamba.py has no setting {typed!r}; see python "
                             "train_mamba.py --help")
-        if name in SET_HERE | FOLDERS:
+        if name in SET_HERE | FOLDERS | NO_MATTER:
             raise UserError(f"--grid {word!r}: {as_flag(name)} is not for a trial; leave it out")
         if name in grid:
             raise UserError(f"--grid has {name} twice; put all of its values behind one")
@@ -118,6 +119,9 @@ def main() -> None:
     folder = settings.runs_dir / arguments.name
     if (folder / metrics_file.NAME).exists():
         raise UserError(f"{folder} is a run's; choose another --name")
+    if (folder / "sweep.csv").exists() and not (folder / "sweep.json").exists():
+        raise UserError(f"{folder / 'sweep.csv'} is of no sweep, and would be replaced; choose another "
+                        "--name")
     outcomes: dict[str, Outcome] = {}
     if "trials" in arguments:
         if (folder / "sweep.json").exists() and not (folder / OPTUNA).exists():

@@ -356,6 +356,8 @@ def test_newest_is_the_file_changed_last_of_its_kind(tmp_path):
     for age, name in enumerate([".hidden.pt", "b.last.pt", "b.pt", "a.last.pt", "a.pt", "notes.txt"]):
         (tmp_path / name).write_text("")
         os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    for name in ("folder.pt", "folder.last.pt"):
+        (tmp_path / name).mkdir()
     assert checkpoint.newest(tmp_path).name == "b.pt"
     assert checkpoint.newest(tmp_path, unfinished=True).name == "b.last.pt"
 

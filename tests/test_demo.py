@@ -267,10 +267,12 @@ def test_own_pictures_and_the_prompt(place):
     assert "█" in done.stdout
 
 
-def test_the_prompt_ends_at_the_end_of_input_and_writes_nothing(place, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("3\n"))
+def test_the_prompt_ends_at_the_end_of_input_alone_and_writes_nothing(place, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"~nobody-of-that-name/a.png\n{'a' * 300}.png\n3\n"))
     converse(TrainedModel(place / "checkpoints" / "tiny.pt", torch.device("cpu"), place / "runs", place))
     assert not (place / "runs").exists()
+    said = capsys.readouterr().out
+    assert "no picture ~nobody-of-that-name" in said and "a.png cannot be read" in said and "█" in said
 
 
 def test_help_names_every_flag_and_its_default(monkeypatch, capsys):

@@ -151,9 +151,11 @@ def test_a_folder_that_cannot_be_learnt_from_is_one_line(make, says, tmp_path):
     place = tmp_path / "pictures"
     place.mkdir()
     make(place)
+    before = sorted(place.rglob("*"))
     with pytest.raises(UserError, match=says) as caught:
         load(place)
     assert "\n" not in str(caught.value)
+    assert sorted(place.rglob("*")) == before
 
 
 def test_a_folder_of_no_pictures_at_all(tmp_path):

@@ -26,9 +26,10 @@ import evaluate
 import explain
 import mnist
 import train_mamba
+from errors import UserError
 from flags import MAY_CHANGE_ON_RESUME, argument_parser
 from mamba_ssm_simple import VisionMamba2
-from run_log import RunLog
+from run_log import RunLog, claim
 from tests.commands import Ended, patched
 from training import Training
 
@@ -338,6 +339,56 @@ def test_a_stopped_run_goes_on_where_its_checkpoint_lies_and_counts_its_seconds(
                                                                       "run.last.pt.previous"}
     metrics, = read_metrics(tmp_path)
     assert metrics["seconds"] > 1000 and metrics["images_per_second"] < 2
+
+
+def test_a_resumed_run_whose_best_is_gone_keeps_a_best_again(train, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_step(patch, STEPS + 3)
+        assert train(*SMALL, "--lr", 1e-9, "--epochs", 3, "--run-name", "run").status == 130
+    path = tmp_path / "checkpoints" / "run.last.pt"
+    checkpoint.save(path, {**checkpoint.load(path), "best_accuracy": 1.0})  # no epoch to come will be better
+    (tmp_path / "checkpoints" / "run.pt").unlink()
+    done = train("--resume")
+    assert done.status == 0 and "run.pt is gone; the best model is sought anew" in done.out
+    left = checkpoint.load(tmp_path / "checkpoints" / "run.pt")
+    assert left["metrics"]["val_accuracy"] == max(line["val_accuracy"] for line in read_metrics(tmp_path)[1:])
+    (tmp_path / "checkpoints" / "run.pt").unlink()
+    assert str(Path("checkpoints") / "run.last.pt") in train("--resume").out, "what there is to see"
+
+
+CLAIMING = """
+import pathlib, sys
+
+from run_log import claim
+
+with claim(pathlib.Path("runs/run"), new=False):
+    print("claimed", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_that_another_process_trains_is_left_alone(train, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_step(patch, 3)
+        assert train(*SMALL, "--run-name", "run").status == 130
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.rename(tmp_path / path.name)
+    with subprocess.Popen([sys.executable, "-c", CLAIMING], cwd=tmp_path, stdin=subprocess.PIPE, text=True,
+                          stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:
+        assert other.stdout.readline() == "claimed\n"
+        before = snapshot(tmp_path)
+        done = train("--resume", "run.last.pt", "--checkpoints-dir", tmp_path)
+        assert_refused(done, "another process trains", tmp_path, before)
+        other.kill()
+    assert train("--resume", "run.last.pt", "--checkpoints-dir", tmp_path).status == 0
+
+
+def test_what_a_kill_before_the_first_checkpoint_leaves_is_in_nobodys_way(train, tmp_path):
+    with claim(tmp_path / "runs" / "run", new=True):
+        pass
+    assert train(*SMALL, "--epochs", 1, "--limit-train", 64, "--run-name", "run").status == 0
+    with pytest.raises(UserError, match="choose another --run-name"), claim(tmp_path / "runs" / "run", True):
+        pass
 
 
 def test_ctrl_c_in_the_last_evaluation_changes_nothing(train, tmp_path):

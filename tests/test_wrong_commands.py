@@ -80,6 +80,8 @@ def place(tmp_path_factory) -> Path:
     for name, text in {"table": '{"trials": [{"trial": "table-lr=0.1"}]}', "damaged": "seven"}.items():
         (place / "runs" / name).mkdir(parents=True)
         (place / "runs" / name / "sweep.json").write_text(text)
+    (place / "runs" / "foreign").mkdir()
+    (place / "runs" / "foreign" / "sweep.csv").write_text("another's\n")
     checkpoint.save(place / "checkpoints" / "good.pt", good)
     whole = (place / "checkpoints" / "good.pt").read_bytes()
     (place / "cut.pt").write_bytes(whole[:len(whole) // 2])
@@ -114,6 +116,7 @@ def snapshot(*folders: Path) -> dict[Path, tuple[int, int]]:
 
 
 RESUMED = "do not fit this version"
+LONG = "a" * 300
 CASES = [  # (script, arguments, what the line says)
     ("train", "--resume cut.pt", "is not a checkpoint of this version or is damaged"),
     ("train", "--resume flipped.pt", "its checksum is wrong"),
@@ -157,6 +160,13 @@ CASES = [  # (script, arguments, what the line says)
     ("demo", "--checkpoint dataless.pt", "train it anew"),
     ("demo", "--checkpoint .pt", "rename it"),
     ("demo", "--checkpoint", "--checkpoint: expected one argument"),
+    ("demo", f"--checkpoint {LONG}.pt", "File name too long"),
+    ("demo", f"--checkpoints-dir {LONG}", "File name too long"),
+    ("demo", f"--image {LONG}.png", "cannot be read as a picture"),
+    ("demo", f"--export {LONG}.onnx", "File name too long"),
+    ("train", f"--resume {LONG}.pt", "File name too long"),
+    ("train", f"--data-dir {LONG}", "File name too long"),
+    ("train", f"--dataset folder --data-dir {LONG}", "File name too long"),
     ("demo", "--checkpoints-dir empty", "no .pt checkpoint in empty"),
     ("demo", "--device toaster", "--device: invalid choice"),
     ("demo", "--device mps" if not torch.backends.mps.is_available() else "--device x", "--device"),
@@ -194,7 +204,7 @@ CASES = [  # (script, arguments, what the line says)
     ("tune", "--grid lr=1 --grid lr=2", "--grid has lr twice"),
     *(("tune", f"--grid {name}=a", "is not for a trial; leave it out")
       for name in ("run_name", "resume", "runs_dir", "checkpoints-dir", "data_dir", "profile",
-                   "train_on_all")),
+                   "train_on_all", "draw", "checkpoint_every", "workers")),
     ("tune", "--grid lr=1 -- --lr 2", "--lr is in the grid and after --"),
     ("tune", "--grid lr=1 -- --winds north", "unrecognized arguments: --winds"),
     ("tune", "--grid lr=1 -- --epochs 0", "--epochs: must be a whole number"),
@@ -210,6 +220,7 @@ CASES = [  # (script, arguments, what the line says)
     ("tune", "--grid lr=1 --trials 2 --jobs 2", "leave --jobs out"),
     ("tune", "--grid lr=1 --name table", "has table-lr=0.1, which this grid has not, and would be replaced"),
     ("tune", "--grid lr=1 --name damaged", "no table of this version"),
+    ("tune", "--grid lr=1 --name foreign", "sweep.csv is of no sweep, and would be replaced"),
     ("accuracy", "--name mnist-20-epochs -- --device cpu", "would lose 2 of its seeds"),
     ("accuracy", "--name mnist-20-epochs -- --epochs 1", "were trained with --epochs 20 and not 1"),
     ("accuracy", "--name crash_test", "no seeds in"),
