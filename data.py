@@ -148,14 +148,14 @@ def names(classes: Sequence[str]) -> str:
 def load(name: str, data_dir: Path | str, device: torch.device | str = "cpu", limit_train: int | None = None,
          image_size: tuple[int, int] | None = None, memory_budget: float = MEMORY_BUDGET,
          workers: int | None = None, augment: bool = False, flip: bool = False,
-         hold_out: bool = True) -> Dataset:
+         hold_out: int | None = None) -> Dataset:
     """Dataset `name` on `device`, of the training images only the first `limit_train`.
 
     Args:
         image_size: (H, W) that images are brought to; None for the dataset's own.
         memory_budget: GiB. A folder whose pictures take more is streamed: `Dataset.streamed`.
         workers: processes that read what is streamed; None for as many as cores, less one.
-        hold_out: False trains on the validation images, too, and leaves none.
+        hold_out: images held out for validation; None for the dataset's own number, 0 to train on all.
         augment, flip: the training pictures that are streamed come in random crops, and mirrored at random.
 
     The validation images are the last of the training set, the same whatever the limit; `folder` has a split
@@ -168,20 +168,23 @@ def load(name: str, data_dir: Path | str, device: torch.device | str = "cpu", li
         raise UserError(f"cannot train on {limit_train} images; the limit must be 1 or more")
     entry = DATASETS[name]
     if entry.read is None:
-        if not hold_out:
-            raise UserError(f"{name} has validation images of its own, which cannot be trained on; leave out "
-                            "--train-on-all")
+        if hold_out is not None:
+            raise UserError(f"{name} has validation images of its own, no more and no fewer; leave out "
+                            "--hold-out and --train-on-all")
         size = image_size or (entry.image_size, entry.image_size)
         return load_folder(name, entry, Path(data_dir), device, limit_train, size, memory_budget,
                            {"workers": workers, "crop": augment, "flip": flip})
     images, labels, test_images, test_labels = entry.read(Path(data_dir))
     for array, numbers in ((images, labels), (test_images, test_labels)):
         check_arrays(name, entry, array, numbers)
-    held_out = len(labels) - entry.validation * hold_out
-    if held_out < 1:
+    if len(labels) <= entry.validation:
         raise UserError(f"{name} in {data_dir} has {len(labels):,} training images, which is not the whole "
                         "set; put the original files there")
-    keep = held_out if limit_train is None else min(limit_train, held_out)
+    rest = len(labels) - (entry.validation if hold_out is None else hold_out)
+    if rest < 1:
+        raise UserError(f"{name} has {len(labels):,} training images, of which --hold-out {hold_out} leaves "
+                        "none to train on; lower it")
+    keep = rest if limit_train is None else min(limit_train, rest)
 
     def split(images: np.ndarray, labels: np.ndarray) -> Split:
         # np.array copies: the arrays may be read-only views of a file's bytes.
@@ -193,7 +196,7 @@ def load(name: str, data_dir: Path | str, device: torch.device | str = "cpu", li
         return Split(images.to(device), torch.from_numpy(labels.astype(np.int64)).to(device))
 
     return Dataset(name, entry.classes, entry.mean, entry.std, train=split(images[:keep], labels[:keep]),
-                   val=split(images[held_out:], labels[held_out:]), test=split(test_images, test_labels))
+                   val=split(images[rest:], labels[rest:]), test=split(test_images, test_labels))
 
 
 def check_arrays(name: str, entry: Entry, images: np.ndarray, labels: np.ndarray) -> None:

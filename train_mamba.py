@@ -144,6 +144,8 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     if settings.batch_size < distributed.size():
         raise UserError(f"--batch-size {settings.batch_size} is less than an image for each of the "
                         f"{distributed.size()} processes, which share it; use at least {distributed.size()}")
+    if settings.train_on_all and settings.hold_out is not None:
+        raise UserError("--train-on-all holds out no images; leave it out, or --hold-out")
     if settings.mean_teacher and not settings.ema:
         raise UserError("--mean-teacher teaches what averaged weights say; add --ema, 0.999 say")
     random.seed(settings.seed)
@@ -157,7 +159,7 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
         lambda: data.load(settings.dataset, settings.data_dir, device, settings.limit_train,
                           settings.image_size, settings.memory_budget, settings.workers,
                           settings.augment != "none", settings.flip and settings.augment != "none",
-                          hold_out=not settings.train_on_all))
+                          hold_out=0 if settings.train_on_all else settings.hold_out))
     if resumed and list(resumed["dataset"]["classes"]) != list(dataset.classes):
         raise UserError(f"{settings.resume} tells {data.names(resumed['dataset']['classes'])} apart, but "
                         f"{settings.data_dir} has {data.names(dataset.classes)}; give the folder that it was "

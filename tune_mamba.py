@@ -37,7 +37,8 @@ from trials import Outcome, Trial, check, train
 
 SET_HERE = {"run_name", "resume", "profile", "train_on_all"}  # by every trial, or not for one
 FOLDERS = {"data_dir", "runs_dir", "checkpoints_dir"}
-NO_MATTER = {"draw", "checkpoint_every", "workers"}  # for what is learnt
+NOT_COMPARED = {"draw", "checkpoint_every", "workers",  # change nothing that is learnt,
+                "hold_out"}                             # or what tells it
 SWITCH = {"true": True, "false": False}
 OPTUNA = "optuna.log"  # what Optuna has seen of a sweep
 
@@ -89,7 +90,7 @@ def parse_grid(words: Sequence[str]) -> dict[str, list]:
         if name not in names:
             raise UserError(f"--grid {word!r}: train_mamba.py has no setting {typed!r}; see python "
                             "train_mamba.py --help")
-        if name in SET_HERE | FOLDERS | NO_MATTER:
+        if name in SET_HERE | FOLDERS | NOT_COMPARED:
             raise UserError(f"--grid {word!r}: {as_flag(name)} is not for a trial; leave it out")
         if name in grid:
             raise UserError(f"--grid has {name} twice; put all of its values behind one")
@@ -151,12 +152,13 @@ def main() -> None:
     if best["failed"]:
         raise UserError(f"no trial came to its end; {best['trial']}: {best['failed']}")
     print("\n".join(table([best, *others], arguments.grid)))
-    again = [*arguments.train, *as_flags({name: best[name] for name in arguments.grid})]
-    # A folder's validation images are its own, and stay held out.
-    what, all_images = (("the best one again", []) if DATASETS[settings.dataset].read is None else
-                        ("the best one with the validation images, too", ["--train-on-all"]))
+    again = explicit(arguments.train) | {name: best[name] for name in arguments.grid}
+    what = "the best one again"
+    if DATASETS[settings.dataset].read is not None:  # a folder's validation images stay held out
+        what = "the best one with the validation images, too"
+        again = {name: value for name, value in again.items() if name != "hold_out"} | {"train_on_all": True}
     print(f"written to {folder / 'sweep.json'} and sweep.csv\n{what}: "
-          f"python train_mamba.py {shlex.join([*again, *all_images])}")
+          f"python train_mamba.py {shlex.join(as_flags(again))}")
 
 
 def check_replaces(table: Path, trials: Sequence[Trial]) -> None:

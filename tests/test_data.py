@@ -62,6 +62,18 @@ def test_digits_split_never_changes():
     assert labels[:12].tolist() == [7, 9, 4, 7, 0, 2, 6, 1, 3, 1, 3, 7]
 
 
+def test_as_many_images_are_held_out_as_asked_for():
+    usual = data.load("digits", "unused")
+    images = torch.cat([usual.train.images, usual.val.images])
+    for number in (0, 1, 500, len(images) - 1):
+        digits = data.load("digits", "unused", hold_out=number)
+        assert len(digits.val.labels) == number
+        assert torch.equal(torch.cat([digits.train.images, digits.val.images]), images)
+        assert torch.equal(digits.test.images, usual.test.images)
+    with pytest.raises(UserError, match="leaves none to train on; lower it"):
+        data.load("digits", "unused", hold_out=len(images))
+
+
 def test_limit_train():
     whole, few = data.load("digits", "unused"), data.load("digits", "unused", limit_train=7)
     assert torch.equal(few.train.images, whole.train.images[:7])

@@ -158,6 +158,13 @@ def test_a_folder_that_cannot_be_learnt_from_is_one_line(make, says, tmp_path):
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.parametrize("number", [0, 5])
+def test_a_folder_holds_out_its_own_pictures(number, tmp_path):
+    write(tmp_path)
+    with pytest.raises(UserError, match="leave out --hold-out and --train-on-all"):
+        data.load("folder", tmp_path, hold_out=number)
+
+
 def test_a_folder_of_no_pictures_at_all(tmp_path):
     for name in "ab":
         (tmp_path / name).mkdir()

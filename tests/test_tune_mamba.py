@@ -51,7 +51,8 @@ def sweep(place: Path, name: str = "sweep") -> dict:
 
 
 def test_every_combination_is_trained_and_the_best_on_validation_comes_first(call, trained, tmp_path):
-    status, out, err = call("--grid lr=0.1,0.25,9 weight-decay=0,0.05 --name a -- --scan row --seed 3")
+    status, out, err = call("--grid lr=0.1,0.25,9 weight-decay=0,0.05 --name a "
+                            "-- --scan row --seed 3 --hold-out 500")
     assert (status, err) == (0, "")
     assert [(found["lr"], found["weight_decay"]) for found in trained] == [
         (0.1, 0), (0.1, 0.05), (0.25, 0), (0.25, 0.05), (9, 0), (9, 0.05)]
@@ -64,7 +65,7 @@ def test_every_combination_is_trained_and_the_best_on_validation_comes_first(cal
     assert accuracies[:4] == pytest.approx([0.95, 0.95, 0.8, 0.8]) and accuracies[4:] == [None, None]
     assert written["trials"][-1]["failed"] == "the loss is nan at step 1; lower it"
     assert written["grid"] == {"lr": [0.1, 0.25, 9], "weight_decay": [0, 0.05]}
-    assert written["arguments"] == ["--scan", "row", "--seed", "3"]
+    assert written["arguments"] == ["--scan", "row", "--seed", "3", "--hold-out", "500"]
     with (tmp_path / "runs" / "a" / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["trial"] for row in rows] == [row["trial"] for row in written["trials"]]

@@ -204,7 +204,7 @@ CASES = [  # (script, arguments, what the line says)
     ("tune", "--grid lr=1 --grid lr=2", "--grid has lr twice"),
     *(("tune", f"--grid {name}=a", "is not for a trial; leave it out")
       for name in ("run_name", "resume", "runs_dir", "checkpoints-dir", "data_dir", "profile",
-                   "train_on_all", "draw", "checkpoint_every", "workers")),
+                   "train_on_all", "draw", "checkpoint_every", "workers", "hold_out")),
     ("tune", "--grid lr=1 -- --lr 2", "--lr is in the grid and after --"),
     ("tune", "--grid lr=1 -- --winds north", "unrecognized arguments: --winds"),
     ("tune", "--grid lr=1 -- --epochs 0", "--epochs: must be a whole number"),
