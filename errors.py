@@ -17,6 +17,10 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+# What a file's name, or whose it is, can make a system say.
+UNUSABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
+            errno.EROFS)
+
 
 class UserError(Exception):
     """The cause and the mend of a mistake, in one line, for the person who made it."""
@@ -73,9 +77,10 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _fail(f"the disk is full ({error}); free space and go on with --resume, or write to another disk")
-        if error.filename is None:
+        if error.filename is None or error.errno not in UNUSABLE:
             raise
-        _fail(f"cannot read or write {error.filename}: {error.strerror}; check its name and permissions")
+        names = " or ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        _fail(f"cannot read or write {names}: {error.strerror}; check its name and permissions")
     except (MemoryError, RuntimeError) as error:  # PyTorch has a RuntimeError for each device
         if not is_out_of_memory(error):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -24,6 +25,7 @@ from errors import UserError
 
 PICTURES_SHARE = 0.1           # of a run's time
 OWNER, LOCK = ".run", ".lock"  # hidden files in a run's folder
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of a file system that knows none
 
 
 class Ration:
@@ -143,29 +145,36 @@ class RunLog:
 
 
 @contextlib.contextmanager
-def claim(folder: Path, new: bool) -> Iterator[None]:
-    """A run's folder for this process alone: made where it is missing, and free again when the process ends.
+def claim(folder: Path, last: Path, new: bool) -> Iterator[None]:
+    """A run's folder, made where it is missing, and its checkpoint `last` for this process alone.
 
-    Raises UserError where another process has it, where a `new` run would find one begun, or where it cannot
-    be written.
+    Two hidden files are locked, and taken away afterwards; those of a process that was killed are in nobody's
+    way. Raises UserError where another process has one of them, where a `new` run would find one begun, or
+    where they cannot be written.
     """
-    lock = FileLock(folder / LOCK, timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(NotImplementedError):  # a file system that knows no locks
-            lock.acquire()
-    except Timeout as error:
-        raise UserError(f"another process trains {folder} now; wait for it, stop it, or begin a run of your "
-                        "own by another --run-name") from error
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; choose another --runs-dir"
-                        ) from error
-    try:
+    with contextlib.ExitStack() as held:
+        for place, name in ((last.parent, f".{last.name}{LOCK}"), (folder, LOCK)):
+            try:
+                place.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(place / name, timeout=0))
+                held.callback(_remove, place / name)  # while it is held
+            except Timeout as error:
+                raise UserError(f"another process trains {folder.name} now; wait for it, stop it, or begin a "
+                                "run of your own by another --run-name") from error
+            except NotImplementedError:  # an older filelock's word for a file system that knows no locks
+                pass
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise UserError(f"cannot write {place}: {error.strerror or error}; choose another folder "
+                                    "by --runs-dir and --checkpoints-dir") from error
         if new and is_begun(folder):
             raise UserError(f"{folder} exists; choose another --run-name")
         yield
-    finally:
-        lock.release()
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows keeps an open file
+        path.unlink()
 
 
 def is_begun(folder: Path) -> bool:

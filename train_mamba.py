@@ -184,7 +184,10 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
                          "std": list(dataset.std), "shape": list(dataset.shape)},
              "settings": {name: str(value) if isinstance(value, Path) else value
                           for name, value in vars(settings).items() if name != "resume"}}
-    with claim(folder, new=resumed is None) if distributed.is_writer() else contextlib.nullcontext():
+    with claim(folder, last, not resumed) if distributed.is_writer() else contextlib.nullcontext():
+        if resumed and distributed.is_writer() and (
+                checkpoint.load_good(settings.resume)["step"] != training.step):
+            raise UserError(f"{settings.resume} was gone on with in this moment; give --resume once more")
         if distributed.is_writer() and not resumed:  # what there is of a run can then always be gone on with
             checkpoint.save(last, {**about, **training.state()})
         training.saved = f"{last} (step {training.step})"

@@ -104,6 +104,7 @@ def reason(error: Exception) -> str:
 def output_file(text: str) -> Path:
     """An argument's type: a file that can be replaced; it and its folder may be new."""
     path = Path(text)
+    path = path.resolve() if path.is_symlink() else path  # what it points to is replaced, and not the link
     there = next((folder for folder in path.absolute().parents if folder.exists()), path)
     fits = (os.access(path, os.W_OK) and path.is_file()) or not path.exists()  # a device is no such file
     if not (fits and there.is_dir() and os.access(there, os.W_OK)):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selective_scan.dispatch import choose_implementation
+from selective_scan.dispatch import choose_implementation, refuse_forward_mode
 
 MODULES = {"triton": "selective_scan.causal_conv_cuda", "numba": "selective_scan.causal_conv_cpu"}
 
@@ -94,6 +94,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout):
+    refuse_forward_mode()
     x, weight, bias = ctx.saved_tensors
     dx, dweight, dbias = _backward(dout, x, weight, bias, ctx.implementation)
     return dx, dweight, None if bias is None else dbias, None

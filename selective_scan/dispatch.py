@@ -81,6 +81,13 @@ def choose_implementation(u: Tensor) -> str:
     return "portable"
 
 
+def refuse_forward_mode() -> None:
+    """Raise where an operator's backward would be differentiated in forward mode, and give nothing."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("the scan's backward has no forward-mode derivative; make the graph within the "
+                           "dual level, too, where the reference is used")
+
+
 def available_implementations(device: torch.device | str) -> list[str]:
     """Names that `run_implementation` accepts for tensors on `device`, fastest first."""
     kind = torch.device(device).type
@@ -159,6 +166,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout, dlast_state, _):
+    refuse_forward_mode()
     *tensors, checkpoints = ctx.saved_tensors
     if dout is None:  # only the last state was used
         dout = torch.zeros_like(tensors[0])

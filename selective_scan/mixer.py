@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from selective_scan.dispatch import choose_implementation
+from selective_scan.dispatch import choose_implementation, refuse_forward_mode
 
 
 class Weights(NamedTuple):
@@ -251,6 +251,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, dy, *_):
+    refuse_forward_mode()
     *tensors, checkpoints, A, matrices = ctx.saved_tensors
     gradients = iter(_backward(dy, *tensors, ctx.eps, ctx.direction, ctx.dtype, checkpoints, A, matrices))
     scale = 3  # it has no gradient: random numbers

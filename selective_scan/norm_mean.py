@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from selective_scan.dispatch import choose_implementation
+from selective_scan.dispatch import choose_implementation, refuse_forward_mode
 
 
 def norm_mean(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -71,6 +71,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _differentiate(ctx, dout):
+    refuse_forward_mode()
     return _backward(dout, *ctx.saved_tensors, ctx.eps), None
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from selective_scan import causal_conv_silu, causal_conv_silu_plain
 
@@ -69,6 +70,13 @@ def test_forward_mode_derivatives_are_those_of_the_plain_one(seed):
     expected, got = (torch.func.jvp(lambda x, f=function: f(x, weight, bias), (x,), (dx,))[1]
                      for function in (causal_conv_silu_plain, causal_conv_silu))
     assert torch.equal(got, expected) and expected.abs().max() > 0.1
+
+
+def test_a_forward_mode_derivative_of_a_backward_is_refused(seed):
+    x = torch.randn(2, 5, 3, requires_grad=True)
+    out = causal_conv_silu(x, torch.randn(3, 1, 4), None)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.autograd.grad(out, x, forward_ad.make_dual(torch.ones(2, 5, 3), torch.ones(2, 5, 3)))
 
 
 @pytest.mark.parametrize(("x", "weight", "bias", "message"), [

@@ -7,6 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
+from mamba_ssm_simple import VisionMamba2
 from run_log import Ration, RunLog
 
 
@@ -45,6 +46,16 @@ def test_slow_pictures_come_first_and_last_and_in_a_tenth_of_the_time(clock):
 
 def test_fast_pictures_come_every_epoch(clock):
     assert drawn_epochs(clock, epochs=6, training=100.0, drawing=3.0) == [1, 2, 3, 4, 5, 6]
+
+
+def test_recording_counts_in_the_time_of_drawing(tmp_path, clock, seed):
+    digits = data.load("digits", "unused")
+    model = VisionMamba2(d_model=8, num_blocks=1, d_state=2, patch_size=2)
+    model.register_forward_hook(lambda *_: setattr(clock, "now", clock.now + 3))
+    with RunLog(tmp_path, first_epoch=0, first_step=0, run_id="a") as log:
+        log.drawing = Ration(0.1, clock)
+        log.scans(1, model, digits.val.images[:2], digits)
+        assert log.drawing.spent == 3
 
 
 def test_scalars_come_every_epoch_and_pictures_when_they_are_drawn(tmp_path, clock, seed):

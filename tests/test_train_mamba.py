@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import math
@@ -361,7 +362,7 @@ import pathlib, sys
 
 from run_log import claim
 
-with claim(pathlib.Path("runs/run"), new=False):
+with claim(pathlib.Path("runs/run"), pathlib.Path("run.last.pt"), new=False):
     print("claimed", flush=True)
     sys.stdin.read()
 """
@@ -377,18 +378,44 @@ def test_a_run_that_another_process_trains_is_left_alone(train, tmp_path):
                           stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}) as other:
         assert other.stdout.readline() == "claimed\n"
         before = snapshot(tmp_path)
-        done = train("--resume", "run.last.pt", "--checkpoints-dir", tmp_path)
-        assert_refused(done, "another process trains", tmp_path, before)
+        for runs in ("runs", "others"):
+            done = train("--resume", "run.last.pt", "--checkpoints-dir", tmp_path, "--runs-dir", runs)
+            assert_refused(done, "another process trains run now", tmp_path, before)
         other.kill()
     assert train("--resume", "run.last.pt", "--checkpoints-dir", tmp_path).status == 0
 
 
 def test_what_a_kill_before_the_first_checkpoint_leaves_is_in_nobodys_way(train, tmp_path):
-    with claim(tmp_path / "runs" / "run", new=True):
+    begun = tmp_path / "runs" / "run", tmp_path / "checkpoints" / "run.last.pt", True
+    with claim(*begun):
         pass
     assert train(*SMALL, "--epochs", 1, "--limit-train", 64, "--run-name", "run").status == 0
-    with pytest.raises(UserError, match="choose another --run-name"), claim(tmp_path / "runs" / "run", True):
+    with pytest.raises(UserError, match="choose another --run-name"), claim(*begun):
         pass
+
+
+def test_a_file_system_without_locks_is_trained_on_all_the_same(train, monkeypatch):
+    def no_locks(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    assert train(*SMALL, "--epochs", 1, "--limit-train", 64, "--run-name", "run").status == 0
+
+
+def test_a_run_that_went_on_while_another_process_read_its_checkpoint_is_left_alone(train, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_step(patch, 3)
+        assert train(*SMALL, "--epochs", 1, "--run-name", "run").status == 130
+    path, load = tmp_path / "checkpoints" / "run.last.pt", data.load
+    with pytest.MonkeyPatch.context() as patch:
+        def meanwhile(*arguments, **options) -> data.Dataset:
+            checkpoint.save(path, {**checkpoint.load(path), "step": 5})
+            return load(*arguments, **options)
+
+        patch.setattr(data, "load", meanwhile)
+        done = train("--resume")
+    assert done.status == 2 and "give --resume once more" in done.err
+    assert checkpoint.load(path)["step"] == 5
 
 
 def test_ctrl_c_in_the_last_evaluation_changes_nothing(train, tmp_path):
