@@ -185,11 +185,11 @@ def run(settings: argparse.Namespace, resumed: dict | None) -> None:
              "settings": {name: str(value) if isinstance(value, Path) else value
                           for name, value in vars(settings).items() if name != "resume"}}
     with claim(folder, last, not resumed) if distributed.is_writer() else contextlib.nullcontext():
-        if resumed and distributed.is_writer() and (
-                checkpoint.load_good(settings.resume)["step"] != training.step):
-            raise UserError(f"{settings.resume} was gone on with in this moment; give --resume once more")
-        if distributed.is_writer() and not resumed:  # what there is of a run can then always be gone on with
-            checkpoint.save(last, {**about, **training.state()})
+        if distributed.is_writer():
+            if not resumed:  # so that what there is of a run can always be gone on with
+                checkpoint.save(last, {**about, **training.state()})
+            elif checkpoint.load_good(settings.resume)["step"] != training.step:
+                raise UserError(f"{settings.resume} was gone on with in this moment; give --resume once more")
         training.saved = f"{last} (step {training.step})"
         log = RunLog(folder, training.epoch, training.step, run_id) if distributed.is_writer() else NoLog()
         with log, StopRequest() as stop, memory.told_when_full(training):

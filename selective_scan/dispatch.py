@@ -71,7 +71,7 @@ def selective_scan(
 
 def choose_implementation(u: Tensor) -> str:
     """The fastest implementation for u's device and dtype: the one place where this is decided."""
-    if forward_ad._current_level >= 0:  # operators know no forward-mode derivative, and would give none, or 0
+    if in_forward_mode():  # of which operators know nothing, and would give no derivative, or 0
         return "reference"
     if u.dtype != torch.float64:  # the kernels compute in float32
         if u.device.type == "cuda" and HAS_TRITON:
@@ -81,9 +81,14 @@ def choose_implementation(u: Tensor) -> str:
     return "portable"
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives may be asked for, as within torch.func.jvp."""
+    return forward_ad._current_level >= 0
+
+
 def refuse_forward_mode() -> None:
     """Raise where an operator's backward would be differentiated in forward mode, and give nothing."""
-    if forward_ad._current_level >= 0:
+    if in_forward_mode():
         raise RuntimeError("the scan's backward has no forward-mode derivative; make the graph within the "
                            "dual level, too, where the reference is used")
 

@@ -67,7 +67,7 @@ use_whole_vectors()  # before anything is decorated: Numba looks at its settings
 
 @njit(fastmath=FAST - {"reassoc"}, error_model="numpy")
 def exp2(x):
-    """2^x for float32 by a minimax polynomial on [−½, ½]; 0 below 2^−126.5, infinite from 2^127.5 on.
+    """2^x for float32 by a minimax polynomial on [−½, ½]; 0 below 2^−126.5, infinite above 2^127.5.
 
     Without reassoc, by which LLVM would make x + ROUND − ROUND x.
     """
