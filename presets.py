@@ -61,6 +61,5 @@ PRESETS = {
     "imagenet": Preset(
         "ImageNet's folders and their like: 224×224 pixels, 14×14 tokens, as large as Vim-tiny; for a GPU",
         {"dataset": "folder", "image_size": (224, 224), "patch_size": 16, "d_model": 192, "num_blocks": 24,
-         "d_state": 16, "batch_size": 128, "epochs": 300, "flip": True, "gradient_checkpointing": True,
-         "amp": "bf16"}),
+         "d_state": 16, "batch_size": 128, "epochs": 300, "flip": True, "amp": "bf16"}),
 }

@@ -8,7 +8,7 @@ Synthetic pictures, already on the device; forward, cross entropy and backward, 
 Stem and head are the same for all. `transformer` is as deep as ours, its MLPs as wide as makes the parameters
 equal; `transformer-4x` has the usual MLPs, four times as wide as the tokens, and as many blocks as come
 nearest. Each as it is, with its blocks under torch.compile, and both once more with the whole step captured
-in a CUDA graph, where Python's time is none. With gradient checkpointing, as the preset trains, nothing is
+in a CUDA graph, where Python's time is none: so train_mamba.py trains. With gradient checkpointing nothing is
 captured: it looks at the state of the random numbers, which a capture forbids. Memory is that of a step
 before the capture.
 
