@@ -24,7 +24,6 @@ from torch import nn
 import checkpoint
 import distributed
 import train_mamba
-from run_log import RunLog
 from tests import pieces
 from tests.commands import LIGHT, patched
 
@@ -58,8 +57,7 @@ def train_here(place: Path, *arguments: object) -> None:
     precision = torch.get_float32_matmul_precision()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(RunLog, "draws", lambda *_, **__: False)
-        patch.setattr(sys, "argv", ["train_mamba.py", *map(str, arguments)])
+        patch.setattr(sys, "argv", ["train_mamba.py", "--no-draw", *map(str, arguments)])
         train_mamba.main()
     torch.set_float32_matmul_precision(precision)
 

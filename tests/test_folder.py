@@ -25,7 +25,6 @@ import train_mamba
 import training
 from errors import UserError
 from picture_file import open_picture, read_rgb
-from run_log import RunLog
 from streaming import PictureFiles
 from tests.commands import Ended
 from trained import TrainedModel
@@ -329,8 +328,7 @@ def trained(digit_pictures) -> Path:
     """A folder where a model was trained on the digits' pictures."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as err:
         patch.chdir(digit_pictures)
-        patch.setattr(RunLog, "draws", lambda *_, **__: False)
-        patch.setattr(sys, "argv", ["train_mamba.py", *RUN, "--epochs", "5", "--device", "cpu"])
+        patch.setattr(sys, "argv", ["train_mamba.py", *RUN, "--no-draw", "--epochs", "5", "--device", "cpu"])
         train_mamba.main()
     assert err.getvalue().count("\n") == 2 and "cut.jpg cannot be read" in err.getvalue()
     assert "1 of " in err.getvalue()
