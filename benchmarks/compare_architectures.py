@@ -9,9 +9,10 @@ which makes the Transformer's MLPs narrow. Two more do not: `transformer-4x`, th
 times as wide as the tokens, and `mamba-8`, with 8 states, as VisionMamba2 has by default.
 
 On CUDA: matrix products in bfloat16, each step captured in a CUDA graph, as it is and under torch.compile;
-attention by PyTorch's flash kernel, looked for by name among the kernels that ran; cuDNN's LSTM with bfloat16
-weights, because autocast would make it float16. On a CPU: float32, smaller sizes, nothing compiled. Memory is
-the most that PyTorch held during a step beyond weights and input.
+attention by PyTorch's flash kernels or, not compiled, by cuDNN's, whichever take less time, looked for by
+name among the kernels that ran; cuDNN's LSTM with bfloat16 weights, because autocast would make it float16.
+On a CPU: float32, smaller sizes, nothing compiled. Memory is the most that PyTorch held during a step beyond
+weights and input.
 
 Whatever fails is recorded with its reason, and the rest goes on. results/compare_architectures_DEVICE.json
 and the plots beside it are written after every size.
@@ -24,7 +25,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ SIZES = {  # tokens × batch, the longest first: of a run that is cut short it i
 }
 FIT_FROM = 784  # tokens: shorter sequences do not fill the device, and say nothing of how time grows
 PLAIN, CAPTURED, COMPILED = "plain", "captured", "compiled, captured"
+ATTENTIONS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
 class Size(NamedTuple):
@@ -75,6 +77,7 @@ class Row(NamedTuple):
     peak_mib: float | None = None
     samples_ms: list[float] | None = None
     error: str | None = None
+    attention: str | None = None         # a Transformer's on CUDA: the one of ATTENTIONS that took less time
 
 
 # ---- The networks -----------------------------------------------------------------------------------------
@@ -110,8 +113,10 @@ def count(module: nn.Module) -> int:
 class Step:
     """Forward and backward of a network on one fixed input; calling it returns every gradient."""
 
-    def __init__(self, network: str, module: nn.Module, size: Size, device: torch.device) -> None:
+    def __init__(self, network: str, module: nn.Module, size: Size, device: torch.device,
+                 attention: str | None = None) -> None:
         self.network, self.module, self.device = network, module.to(device).train(), device
+        self.attention = attention
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if network == "lstm":
             module.to(dtype)
@@ -124,9 +129,8 @@ class Step:
             self.dy = torch.randn_like(self.forward())
 
     def forward(self) -> Tensor:
-        flash = self.network.startswith("transformer") and self.device.type == "cuda"
         autocast = self.device.type == "cuda" and self.network != "lstm"
-        with (sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext(),
+        with (sdpa_kernel(ATTENTIONS[self.attention]) if self.attention else contextlib.nullcontext(),
               torch.autocast(self.device.type, torch.bfloat16, enabled=autocast)):
             y = self.module(self.x)
         return y[0] if isinstance(y, tuple) else y
@@ -141,7 +145,7 @@ def check_finite(step: Step) -> None:
 
 
 def attention_kernels(step: Step) -> list[str]:
-    """Names of the kernels that did the attention of a step. Raises ValueError where none is flash's."""
+    """Names of the kernels that did the attention of a step. Raises ValueError where none was asked for."""
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
@@ -149,8 +153,8 @@ def attention_kernels(step: Step) -> list[str]:
     names = {event.name[:120] for event in profiler.events()}
     found = sorted(name for name in names if any(
         word in name.lower() for word in ("flash", "fmha", "sdpa", "attention", "softmax")))
-    if not any("flash" in name.lower() for name in found):
-        raise ValueError(f"attention was not done by the flash kernel, but by {found or sorted(names)[:5]}")
+    if not any(step.attention in name.lower() for name in found):
+        raise ValueError(f"attention was not done by {step.attention}, but by {found or sorted(names)[:5]}")
     return found
 
 
@@ -182,7 +186,8 @@ def main() -> None:
         checkpoint.save_json(output, result)
         plots = draw(result, output)
     if device.type == "cuda":
-        result["attention"] |= check_attention(makers, max(sizes), device, not arguments.no_compile)
+        longest = [row for row in result["rows"] if (row["tokens"], row["batch"]) == max(sizes)]
+        result["attention"] |= check_attention(makers, longest, device)
         checkpoint.save_json(output, result)
     for name, exponent in result["exponents"].items():
         print(f"time of one sequence grows with length to the power of {exponent:.3f}: {name}")
@@ -238,54 +243,73 @@ def merge(result: dict, older: dict, sizes: Sequence[Size], networks: Container[
 def measure(makers: dict[str, Callable[[], nn.Module]], size: Size, device: torch.device, repeats: int,
             with_compile: bool) -> list[Row]:
     """Every network and variant at one size, timed in turn."""
-    torch._dynamo.reset()  # or the ninth size would be too many for torch.compile
     rows, functions = {}, {}
-    for network, make in makers.items():
-        for variant in variants(network, device, with_compile):
-            row = Row(network, variant, *size)
-            try:
-                step = make_step(network, make, variant, size, device)
-                check_finite(step)
-                row = row._replace(peak_mib=evaluate.peak_mib(step, device))
-                function = step if variant == PLAIN else timing.capture(step)
-                timing.interleave({label(row): function}, 1, device)  # alone first: it may still fail
-                functions[label(row)] = function
-            except Exception as error:  # a compiler, a kernel, the memory: the others go on
-                row = row._replace(error=timing.reason(error))
-                if device.type == "cuda":
-                    with contextlib.suppress(RuntimeError):
-                        torch.cuda.synchronize()
-                        torch.cuda.empty_cache()
-            rows[label(row)] = row
+    for row in rows_to_measure(makers, size, device, with_compile):
+        name = f"{label(row)}, {row.attention}"
+        try:
+            step = make_step(makers[row.network], row, device)
+            check_finite(step)
+            row = row._replace(peak_mib=evaluate.peak_mib(step, device))
+            function = step if row.variant == PLAIN else timing.capture(step)
+            timing.interleave({name: function}, 1, device)  # alone first: it may still fail
+            functions[name] = function
+        except Exception as error:  # a compiler, a kernel, the memory: the others go on
+            row = row._replace(error=timing.reason(error))
+            if device.type == "cuda":
+                with contextlib.suppress(RuntimeError):
+                    torch.cuda.synchronize()
+                    torch.cuda.empty_cache()
+        rows[name] = row
     for name, samples in timing.interleave(functions, repeats, device).items():
         milliseconds = [1000 * sample for sample in samples]
         rows[name] = rows[name]._replace(median_ms=timing.median(milliseconds), spread=timing.spread(samples),
                                          samples_ms=milliseconds)
-    return list(rows.values())
+    return fastest(rows.values())
 
 
-def make_step(network: str, make: Callable[[], nn.Module], variant: str, size: Size,
-              device: torch.device) -> Step:
+def rows_to_measure(makers: Iterable[str], size: Size, device: torch.device, with_compile: bool) -> list[Row]:
+    """Every network and variant, a Transformer's on CUDA with each kernel of attention that it can have."""
+    def attentions(network: str, variant: str) -> Sequence[str | None]:
+        if not network.startswith("transformer") or device.type != "cuda":
+            return (None,)
+        # torch.compile (2.11) takes flash's, whichever is asked for: seen by the names of what ran.
+        return ("flash",) if variant == COMPILED else tuple(ATTENTIONS)
+
+    return [Row(network, variant, *size, attention=attention) for network in makers
+            for variant in variants(network, device, with_compile)
+            for attention in attentions(network, variant)]
+
+
+def fastest(rows: Iterable[Row]) -> list[Row]:
+    """One row of each network and variant: that of the attention which took less time."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        other = found.get(label(row))
+        if other is None or (row.median_ms or math.inf) < (other.median_ms or math.inf):
+            found[label(row)] = row
+    return list(found.values())
+
+
+def make_step(make: Callable[[], nn.Module], row: Row, device: torch.device) -> Step:
     torch.manual_seed(0)
-    module = torch.compile(make(), dynamic=False) if variant == COMPILED else make()
-    return Step(network, module, size, device)
+    torch._dynamo.reset()  # what was compiled for another size or attention would do for this one, too
+    module = torch.compile(make(), dynamic=False) if row.variant == COMPILED else make()
+    return Step(row.network, module, Size(row.tokens, row.batch), device, row.attention)
 
 
-def check_attention(makers: dict[str, Callable[[], nn.Module]], size: Size, device: torch.device,
-                    with_compile: bool) -> dict[str, list[str] | str]:
+def check_attention(makers: dict[str, Callable[[], nn.Module]], rows: Sequence[dict],
+                    device: torch.device) -> dict[str, list[str] | str]:
     """The kernels of each Transformer's attention, or why they are not known.
 
     After all times, because a profiler that was on once may slow down what comes later.
     """
     found: dict[str, list[str] | str] = {}
-    for network in (name for name in makers if name.startswith("transformer")):
-        for variant in variants(network, device, with_compile):
-            name = label(Row(network, variant, *size))
-            try:
-                found[name] = attention_kernels(make_step(network, makers[network], variant, size, device))
-            except Exception as error:  # no profiler on this machine, or not the kernel that was asked for
-                found[name] = timing.reason(error)
-            print(f"attention of {name}: {found[name]}")
+    for row in (Row(**row) for row in rows if row["network"] in makers and row["attention"]):
+        try:
+            found[label(row)] = attention_kernels(make_step(makers[row.network], row, device))
+        except Exception as error:  # no profiler on this machine, or not the kernel that was asked for
+            found[label(row)] = timing.reason(error)
+        print(f"attention of {label(row)}: {found[label(row)]}")
     return found
 
 

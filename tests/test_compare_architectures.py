@@ -95,12 +95,23 @@ def test_the_memory_counts_what_a_step_holds(seed):
     assert 2 * hidden <= evaluate.peak_mib(step, torch.device("cpu")) <= 4 * hidden
 
 
+def test_of_each_attention_the_faster_counts():
+    rows = [compare.Row("transformer", compare.CAPTURED, 49, 2, time, attention=attention)
+            for attention, time in (("flash", 2.0), ("cudnn", 1.0))]
+    failed = rows[1]._replace(median_ms=None, error="no kernel")
+    assert compare.fastest([compare.Row("mamba", compare.CAPTURED, 49, 2), *rows])[1:] == rows[1:]
+    assert compare.fastest([rows[0], failed]) == compare.fastest([failed, rows[0]]) == rows[:1]
+    cuda = compare.rows_to_measure(["lstm", "transformer"], compare.Size(49, 2), torch.device("cuda"), True)
+    assert [row.attention for row in cuda] == [None, "flash", "cudnn", "flash"]
+
+
 def test_its_table_has_a_row_for_each_network(tmp_path, monkeypatch):
-    rows = [{"network": "mamba", "variant": compare.CAPTURED, "tokens": tokens, "batch": 2,
-             "median_ms": time, "peak_mib": 10.4} for tokens, time in ((49, 1.234), (196, None))]
+    rows = [{"network": "mamba", "variant": compare.CAPTURED, "tokens": tokens, "batch": 2, "median_ms": time,
+             "peak_mib": 10.4, "attention": kind}
+            for tokens, time, kind in ((49, 1.234, "cudnn"), (196, None, None))]
     found = {"machine": {"gpu": "GPU", "torch": "2"}, "depth": 4, "width": 128, "precision": "bfloat16",
              "parameters": {"mamba": 12345}, "rows": rows, "exponents": {"mamba, captured": 1.014}}
     monkeypatch.setattr(tables, "result", lambda name: found)
     table = tables.architectures()
     assert "| | parameters | 49 × 2 | 196 × 2 | exponent |" in table
-    assert table.endswith("| mamba, captured | 12,345 | 1.23 / 10 | – | 1.01 |")
+    assert table.endswith("| mamba, captured | 12,345 | 1.23 / 10 c | – | 1.01 |")
