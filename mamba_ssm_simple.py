@@ -59,7 +59,8 @@ class StateSpace(nn.Module):
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner, bias=True)
         nn.init.uniform_(self.dt_proj.weight, -(dt_rank**-0.5), dt_rank**-0.5)
-        # The bias makes softplus(bias) log-uniform in [dt_min, dt_max] (section 3.6).
+        # The bias makes softplus(bias) log-uniform in [dt_min, dt_max], as in the official code; section 3.6
+        # says uniform.
         dt = torch.exp(torch.rand(d_inner) * math.log(dt_max / dt_min) + math.log(dt_min))
         dt = dt.clamp(min=dt_init_floor)
         with torch.no_grad():
@@ -93,8 +94,8 @@ class SelectiveScan(StateSpace):
         dt_min, dt_max, dt_init_floor: the range of Δ at initialisation, in steps.
         conv_bias, bias: whether the convolution, and the two projections, have a bias.
         bidirectional: a second `StateSpace` reads the sequence backwards between the same two projections
-            (arXiv 2401.09417, Algorithm 1). The two are averaged, where Vim sums them: sums grow with depth
-            and are what drives half precision to NaN.
+            (arXiv 2401.09417, Algorithm 1). The two are averaged, as in the `div2` models of Vim's code;
+            the paper sums them.
     """
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2,

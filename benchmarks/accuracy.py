@@ -56,7 +56,7 @@ def main() -> None:
     kept = same_runs(output, trials[0], device) if arguments.merge else []
     trials = [trial for trial in trials if trial.settings.seed not in {run["seed"] for run in kept}]
     if not trials:
-        raise UserError(f"{output} has all of these seeds; leave out --merge to train them again")
+        raise UserError(f"{output} has all of these seeds; choose another --name to train them once more")
     check(trials)
     replaced = replaced_runs(output, trials, device) if output.exists() and not arguments.merge else []
     here = {"machine": timing.machine(device), "jobs": arguments.jobs}

@@ -347,13 +347,15 @@ def show(rows: list[Row]) -> None:
 
 
 def draw(result: dict, output: Path) -> list[Path]:
-    """The two plots, of what one sequence costs by its length."""
+    """The two plots, of what a step costs by length, divided by its batch."""
     machine = result["machine"]
-    subtitle = (f"forward and backward of {DEPTH} layers, width {WIDTH}, {result['precision']}\n"
-                f"{machine.get('gpu') or machine['cpu']}, PyTorch {machine['torch']}")
+    sizes = dict.fromkeys(f"{row['tokens']} × {row['batch']}" for row in result["rows"])
+    subtitle = (f"forward and backward of {DEPTH} layers, width {WIDTH}, {result['precision']}; "
+                f"{machine.get('gpu') or machine['cpu']}, PyTorch {machine['torch']}\n"
+                f"tokens × batch: {', '.join(sizes)}")
     plots = []
-    for key, title, unit in (("median_ms", "Time of a training step for one sequence", "ms"),
-                             ("peak_mib", "Memory of a training step for one sequence", "MiB")):
+    for key, title, unit in (("median_ms", "Time of a training step, divided by its batch", "ms"),
+                             ("peak_mib", "Memory of a training step, divided by its batch", "MiB")):
         curves: dict[str, list[tuple[int, float]]] = {}
         for row in result["rows"]:
             if row[key]:

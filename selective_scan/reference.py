@@ -1,4 +1,4 @@
-"""The selective scan as the paper writes it: slow, short, differentiable, the oracle of every test."""
+"""The selective scan by its definition: slow, short, differentiable, the oracle of every test."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def selective_scan_reference(
     if delta_softplus:
         delta = F.softplus(delta, threshold=40)  # 20, the default, is too early for float64
 
-    # h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t u_t,   y_t = C_t · h_t          (arXiv 2312.00752, eq. 2–4)
+    # h_t = exp(Δ_t A) h_{t−1} + Δ_t B_t u_t,   y_t = C_t · h_t          (arXiv 2312.00752, eq. 2; for B the
+    # first order of eq. 4, as in the official code)
     h = u.new_zeros(u.shape[0], *A.shape)                                # (b, e, n)
     ys = []
     for t in range(u.shape[1]):

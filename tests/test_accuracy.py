@@ -125,7 +125,7 @@ def test_merge_keeps_the_seeds_in_the_file_and_trains_the_others(call, trained, 
 
     before = file.read_text()
     for arguments, complaint in (
-            ("--name a --seeds 3 --merge -- --epochs 2", "has all of these seeds; leave out --merge"),
+            ("--name a --seeds 3 --merge -- --epochs 2", "has all of these seeds; choose another --name"),
             ("--name a --seeds 4 --merge -- --epochs 2 --lr 5", "with --lr 0.001 and not 5.0; choose"),
             ("--name b --seeds 4 --merge -- --epochs 2", "no seeds in")):
         status, _, err = call(arguments)

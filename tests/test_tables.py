@@ -1,4 +1,4 @@
-"""No figure in a README differs from the file that a command wrote; English and Vietnamese are in step."""
+"""No table of a README differs from the file that a command wrote; English and Vietnamese are in step."""
 
 from __future__ import annotations
 
