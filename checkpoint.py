@@ -25,6 +25,7 @@ and zip programs read the file as any other.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -99,7 +100,7 @@ def save(path: Path, contents: dict, keep_previous: bool = False) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, previous(path) if keep_previous else None) as file:
-            torch.save({"format": FORMAT, **contents}, file)
+            torch.save({"format": FORMAT, **on_cpu(contents)}, file)
             # The last two bytes of a zip archive say how long the comment after them is.
             file.seek(-2, os.SEEK_END)
             file.write(SEAL_SIZE.to_bytes(2, "little") + SEAL % FORMAT)
@@ -108,6 +109,19 @@ def save(path: Path, contents: dict, keep_previous: bool = False) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"cannot write checkpoint {path}: {error}; free space or choose another "
                         "--checkpoints-dir") from error
+
+
+def on_cpu(contents: object) -> object:
+    """`contents`, its tensors on the CPU, so that torch.load needs no device to read them."""
+    if isinstance(contents, torch.Tensor):
+        return contents.cpu()
+    if isinstance(contents, dict):
+        moved = copy.copy(contents)  # a state_dict has more than its items
+        moved.update((key, on_cpu(value)) for key, value in contents.items())
+        return moved
+    if isinstance(contents, list | tuple):
+        return type(contents)(map(on_cpu, contents))
+    return contents
 
 
 def load(path: Path) -> dict:

@@ -137,7 +137,7 @@ def _listen(number: int, block: MambaBlock, scans: list[Scan]) -> list[Removable
 def _scan(number: int, block: MambaBlock, space: StateSpace, backward: bool, grid: tuple[int, int],
           u: Tensor, projected: Tensor) -> Scan:
     """What one direction saw: u (sequences, l, e), and of it `projected`: what becomes Δ, then B and C."""
-    rank, n = space.dt_proj.in_features, space.A_log.shape[1]
+    rank, n = space.dt_rank, space.A_log.shape[1]
     delta = F.softplus(F.linear(projected[..., :rank], space.dt_proj.weight, space.dt_proj.bias).float())
     places = torch.arange(grid[0] * grid[1]).reshape(1, *grid, 1)
     order = to_sequence(places, block.direction, block.rows)
@@ -148,7 +148,7 @@ def _scan(number: int, block: MambaBlock, space: StateSpace, backward: bool, gri
 
     return Scan(number, OPPOSITE[block.direction] if backward else block.direction, grid, u.shape[1], order,
                 by_image(u), by_image(delta), by_image(projected[..., rank:rank + n]),
-                -torch.exp(space.A_log.float()).cpu())
+                space.A.float().cpu())
 
 
 def one_of_each_class(labels: Tensor, classes: int = 10) -> Tensor:

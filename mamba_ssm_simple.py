@@ -55,6 +55,7 @@ class StateSpace(nn.Module):
     def __init__(self, d_inner: int, d_state: int, d_conv: int, dt_rank: int, dt_min: float, dt_max: float,
                  dt_init_floor: float, conv_bias: bool):
         super().__init__()
+        self.dt_rank = dt_rank
         self.conv1d = nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1, bias=conv_bias)
         self.x_proj = nn.Linear(d_inner, dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(dt_rank, d_inner, bias=True)
@@ -69,14 +70,31 @@ class StateSpace(nn.Module):
         self.A_log = nn.Parameter(torch.arange(1, d_state + 1, dtype=torch.float32).log().repeat(d_inner, 1))
         self.D = nn.Parameter(torch.ones(d_inner))
 
+    @property
+    def A(self) -> Tensor:
+        """−exp(A_log), (e, n), float32 or, of a float64 module, float64."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
     def mix(self, x: Tensor, z: Tensor) -> Tensor:
         """x and gate z (b, l, e) → (b, l, e)."""
-        x = causal_conv_silu(x, self.conv1d.weight, self.conv1d.bias)
-        r, n = self.dt_proj.in_features, self.A_log.shape[1]
-        delta, B, C = self.x_proj(x).split([r, n, n], dim=-1)                         # (b, l, r), 2 (b, l, n)
-        delta = F.linear(delta, self.dt_proj.weight)                                  # (b, l, e)
-        A = -torch.exp(self.A_log.float())                                            # (e, n)
-        return selective_scan(x, delta, A, B, C, self.D, z, self.dt_proj.bias, delta_softplus=True)
+        if untouched(self.conv1d, nn.Conv1d):
+            x = causal_conv_silu(x, self.conv1d.weight, self.conv1d.bias)
+        else:
+            x = F.silu(self.conv1d(x.mT)[..., :x.shape[1]].mT)
+        n = self.A_log.shape[1]
+        delta, B, C = self.x_proj(x).split([self.dt_rank, n, n], dim=-1)              # (b, l, r), 2 (b, l, n)
+        bias = None
+        if untouched(self.dt_proj, nn.Linear):  # the scan adds its bias
+            delta, bias = F.linear(delta, self.dt_proj.weight), self.dt_proj.bias     # (b, l, e)
+        else:
+            delta = self.dt_proj(delta)
+        return selective_scan(x, delta, self.A, B, C, self.D, z, bias, delta_softplus=True)
+
+
+def untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling `layer` does what `kind` does with its weights: no hook or adapter is on it."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer).forward is kind.forward and not any(hooks)
 
 
 class SelectiveScan(StateSpace):
@@ -89,7 +107,7 @@ class SelectiveScan(StateSpace):
         d_model: width d of input and output.
         d_state: states n per channel.
         d_conv: taps w of the causal depthwise convolution.
-        expand: d_inner = expand · d_model.
+        expand: d_inner = expand · d_model, rounded down.
         dt_rank: rank r of the projection to Δ; "auto" is ⌈d_model / 16⌉.
         dt_min, dt_max, dt_init_floor: the range of Δ at initialisation, in steps.
         conv_bias, bias: whether the convolution, and the two projections, have a bias.
@@ -98,11 +116,11 @@ class SelectiveScan(StateSpace):
             the paper sums them.
     """
 
-    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2,
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: float = 2,
                  dt_rank: int | str = "auto", dt_min: float = 0.001, dt_max: float = 0.1,
                  dt_init_floor: float = 1e-4, conv_bias: bool = True, bias: bool = False,
                  bidirectional: bool = False):
-        d_inner = expand * d_model
+        d_inner = int(expand * d_model)
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         direction = (d_inner, d_state, d_conv, rank, dt_min, dt_max, dt_init_floor, conv_bias)
         super().__init__(*direction)
@@ -121,8 +139,16 @@ class SelectiveScan(StateSpace):
         return self.out_proj(y)
 
     def fuses(self, x: Tensor) -> bool:
-        """Whether one operator can do all of it: in training on CUDA, for one direction without bias."""
-        return self.backward_direction is None and self.in_proj.bias is None and saves_memory(x)
+        """Whether one operator can do all of it: in training on CUDA, for one direction.
+
+        It takes weights, and of the projections no bias, so the layers have to be as they were made.
+        """
+        if self.backward_direction is not None or not saves_memory(x):
+            return False
+        projections = (self.in_proj, self.x_proj, self.out_proj)
+        return (type(self).mix is StateSpace.mix and untouched(self.conv1d, nn.Conv1d)
+                and all(untouched(layer, nn.Linear) for layer in (*projections, self.dt_proj))
+                and all(layer.bias is None for layer in projections))
 
     def weights(self) -> Weights:
         """What the operator of all lines in one takes."""
@@ -151,10 +177,9 @@ class SelectiveScan(StateSpace):
         if self.conv1d.bias is not None:
             x = x + self.conv1d.bias
         x = F.silu(x)
-        delta, B, C = self.x_proj(x).split([self.dt_proj.in_features, n, n], dim=-1)
+        delta, B, C = self.x_proj(x).split([self.dt_rank, n, n], dim=-1)
         delta = F.softplus(self.dt_proj(delta)).float()[..., None]                    # (b, e, 1)
-        A = -torch.exp(self.A_log.float())
-        h = torch.exp(delta * A) * state[1] + delta * B[:, None].float() * x[..., None].float()
+        h = torch.exp(delta * self.A) * state[1] + delta * B[:, None].float() * x[..., None].float()
         y = torch.einsum("ben,bn->be", h, C.float()) + self.D * x
         return self.out_proj((y * F.silu(z)).to(x.dtype)), (window[:, 1:], h)
 
@@ -182,7 +207,7 @@ class MambaBlock(nn.Module):
     """
 
     def __init__(self, d_model: int, scan: str = "row", index: int = 0, d_state: int = 8, d_conv: int = 4,
-                 expand: int = 2, bidirectional: bool = False, drop_path: float = 0.0,
+                 expand: float = 2, bidirectional: bool = False, drop_path: float = 0.0,
                  position_conv: bool = False):
         super().__init__()
         if scan not in SCANS:
@@ -200,14 +225,19 @@ class MambaBlock(nn.Module):
         """(b, height, width, d) → the same shape."""
         if self.position_conv is not None:
             x = x + self.position_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if self.mixer.fuses(x):  # training on CUDA: the lines below as one operator
+        if self.fuses(x):  # training on CUDA: the lines below as one operator
             return self.fused(x)
         sequence = to_sequence(self.norm(x), self.direction, self.rows)
         branch = to_map(self.mixer(sequence), self.direction, x.shape)
         return x + drop_path(branch, self.drop_path, self.training)
 
+    def fuses(self, x: Tensor) -> bool:
+        """Whether one operator can do all of it, see `SelectiveScan.fuses`."""
+        return (untouched(self.mixer, SelectiveScan) and self.mixer.fuses(x)
+                and untouched(self.norm, nn.LayerNorm) and self.norm.bias is not None)
+
     def fused(self, x: Tensor) -> Tensor:
-        """`forward` as one operator, for a mixer that can be fused."""
+        """`forward` as one operator, where that `fuses`."""
         scale = None
         if self.drop_path and self.training:
             scale = drop_path(x.new_ones(len(x), dtype=torch.float32), self.drop_path, self.training)
@@ -251,7 +281,7 @@ class VisionMamba2(nn.Module):
 
     def __init__(self, num_classes: int = 10, d_model: int = 128, num_blocks: int = 4, in_channels: int = 1,
                  patch_size: int = 4, scan: str = "cross", d_state: int = 8, d_conv: int = 4,
-                 expand: int = 2, bidirectional: bool = False, permute_seed: int | None = None,
+                 expand: float = 2, bidirectional: bool = False, permute_seed: int | None = None,
                  drop_path: float = 0.0, stem_depth: int = 1, position_embedding: bool = False,
                  drop_tokens: float = 0.0, position_conv: bool = False):
         super().__init__()

@@ -111,6 +111,8 @@ def speak(digit: int, voice: str, speed: int, pitch: int) -> np.ndarray:
     try:
         with wave.open(io.BytesIO(said.stdout)) as file:
             samples = np.frombuffer(said.stdout[44:], "<i2").astype(np.float64)  # a pipe has no length
+            if not samples.any():
+                raise EOFError
             return resample_poly(samples, RATE, file.getframerate())
     except (wave.Error, EOFError) as error:
         raise UserError(f"espeak-ng said nothing as {voice} ({said.stderr.decode()[:100]}); does "

@@ -58,8 +58,8 @@ def selective_scan(
 
     Returns:
         out (batch, length, channels) in u's dtype; with return_last_state also the last state
-        (batch, channels, d_state) in float32 or float64. Both are differentiable once; in forward mode
-        (torch.func.jvp) by the reference, which is slow.
+        (batch, channels, d_state) in float32 or float64. Both are differentiable once; in forward mode and
+        within torch.func's transforms (jvp, grad, vmap) by the reference, which is slow.
 
     Raises:
         ValueError: a shape that does not fit, an empty dimension, or tensors on different devices.
@@ -71,7 +71,7 @@ def selective_scan(
 
 def choose_implementation(u: Tensor) -> str:
     """The fastest implementation for u's device and dtype: the one place where this is decided."""
-    if in_forward_mode():  # of which operators know nothing, and would give no derivative, or 0
+    if in_forward_mode() or in_transform():  # of which operators know nothing: no derivative, or 0
         return "reference"
     if u.dtype != torch.float64:  # the kernels compute in float32
         if u.device.type == "cuda" and HAS_TRITON:
@@ -84,6 +84,11 @@ def choose_implementation(u: Tensor) -> str:
 def in_forward_mode() -> bool:
     """Whether forward-mode derivatives may be asked for, as within torch.func.jvp."""
     return forward_ad._current_level >= 0
+
+
+def in_transform() -> bool:
+    """Whether this runs within torch.func.grad, vmap and the like; torch.compile sees to them itself."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def refuse_forward_mode() -> None:
@@ -165,7 +170,7 @@ def _(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, ch
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, _, ctx.implementation = inputs
+    *tensors, ctx.delta_softplus, ctx.saved, ctx.implementation = inputs
     ctx.save_for_backward(*tensors, output[2])
     ctx.set_materialize_grads(False)
 
@@ -173,6 +178,8 @@ def _setup_context(ctx, inputs, output):
 def _differentiate(ctx, dout, dlast_state, _):
     refuse_forward_mode()
     *tensors, checkpoints = ctx.saved_tensors
+    if not ctx.saved:  # as in a graph exported where nothing asked for a gradient
+        checkpoints = _forward(*tensors, ctx.delta_softplus, True, ctx.implementation)[2]
     if dout is None:  # only the last state was used
         dout = torch.zeros_like(tensors[0])
     gradients = iter(_backward(dout, dlast_state, *tensors, ctx.delta_softplus, checkpoints,

@@ -40,7 +40,7 @@ def selective_scan_reference(
     for t in range(u.shape[1]):
         decay = torch.exp(delta[:, t, :, None] * A)                      # (b, e, n)
         h = decay * h + (delta[:, t] * u[:, t])[:, :, None] * B[:, t, None, :]
-        ys.append(torch.einsum("ben,bn->be", h, C[:, t]))
+        ys.append((h * C[:, t, None]).sum(-1))  # no product of matrices, which autocast would round
     y = torch.stack(ys, dim=1)                                           # (b, l, e)
 
     if D is not None:

@@ -6,6 +6,7 @@ the number of threads, so neither do results.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,10 @@ def run(tasks: list[tuple]) -> None:
             function(*arguments)
 
     helpers = min(torch.get_num_threads(), len(tasks)) - 1
-    futures = [_pool(torch.get_num_threads()).submit(work) for _ in range(helpers)]
+    futures = []
+    with contextlib.suppress(RuntimeError):  # while Python ends its pools take no more; this thread does all
+        for _ in range(helpers):
+            futures.append(_pool(torch.get_num_threads()).submit(work))
     work()
     for future in futures:
         future.result()

@@ -11,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
+import mamba_ssm_simple
 import self_check
 from baselines import ARCHITECTURES, VisionTransformer
 from mamba_ssm_simple import (
@@ -309,6 +311,58 @@ def test_dropped_tokens_are_zero_in_training_alone(architecture, seed):
     without = ARCHITECTURES[architecture](**config).eval()
     without.load_state_dict(model.state_dict())
     assert torch.equal(model(images), without(images))
+
+
+LAYERS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_hangs_on_a_layer_counts(name, monkeypatch):
+    block, x = MambaBlock(16), torch.randn(2, 3, 4, 16)
+    monkeypatch.setattr(mamba_ssm_simple, "saves_memory", lambda x: True)  # as in training on CUDA
+    assert block.fuses(x) and block.mixer.fuses(x)
+    layer = getattr(block.mixer, name)
+    handle = layer.register_forward_hook(lambda _, __, out: out * 0)
+    assert not block.fuses(x) and not block.mixer.fuses(x)
+    handle.remove()
+    assert block.fuses(x)
+    monkeypatch.undo()
+
+    whole = block(x)
+    prune.random_unstructured(layer, "weight", 0.5)
+    pruned, kept = block(x), layer.weight.detach().clone()
+    for _ in range(2):  # the mask is applied anew before each forward
+        block(x).sum().backward()
+    assert layer.weight_orig.grad.abs().sum() > 0
+    prune.remove(layer, "weight")
+    assert torch.equal(layer.weight, kept) and not torch.allclose(pruned, whole)
+    assert torch.allclose(block(x), pruned, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "layer"), [
+    ("norm", nn.LayerNorm(16, elementwise_affine=False)), ("norm", nn.LayerNorm(16, bias=False)),
+    ("norm", nn.RMSNorm(16)), ("mixer", nn.Identity()), ("mixer.out_proj", nn.Linear(32, 16)),
+    ("mixer.x_proj", nn.Linear(32, 17))], ids=str)
+def test_a_layer_put_in_the_place_of_another_is_called(name, layer, monkeypatch):
+    block, x = MambaBlock(16), torch.randn(2, 3, 4, 16)
+    monkeypatch.setattr(mamba_ssm_simple, "saves_memory", lambda x: True)
+    block.set_submodule(name, layer)
+    assert not block.fuses(x)
+
+
+def test_float64_parameters_are_computed_in_float64():
+    module = SelectiveScan(4, d_state=3).double()
+    nn.init.ones_(module.dt_proj.bias)
+    names, values = zip(*module.named_parameters(), strict=True)
+    assert torch.autograd.gradcheck(
+        lambda x, *values: torch.func.functional_call(module, dict(zip(names, values, strict=True)), (x,)),
+        (torch.randn(1, 5, 4, dtype=torch.float64, requires_grad=True),
+         *(value.detach().clone().requires_grad_() for value in values)))
+
+
+def test_expand_need_not_be_whole():
+    module = SelectiveScan(10, expand=1.25)
+    assert module.D.shape == (12,) and module(torch.randn(1, 3, 10)).shape == (1, 3, 10)
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])

@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import multiprocessing
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from selective_scan import (
     run_implementation,
     selective_scan,
 )
+from tests.commands import ROOT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where the fixture `device` puts tensors, too
 IMPLEMENTATIONS = [name for name in available_implementations(DEVICE) if name != "reference"]
@@ -518,6 +520,64 @@ def test_forward_mode_derivatives_are_the_references():
     got, expected = (torch.func.jvp(lambda u, f=function: f(u, **inputs), (u,), (tangent,))[1]
                      for function in (selective_scan, functools.partial(run_implementation, "reference")))
     assert torch.equal(got, expected) and expected.abs().max() > 0.1
+
+
+def test_torch_func_takes_the_reference():
+    inputs = random_inputs((3, 5, 4, 2))
+    u, rest = inputs.pop("u"), {name: tensor.detach() for name, tensor in inputs.items()}
+
+    def loss(u: Tensor, z: Tensor) -> Tensor:
+        return selective_scan(u[None], **{name: rest[name][:1] if rest[name].dim() == 3 else rest[name]
+                                          for name in rest if name != "z"}, z=z[None]).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss))(u.detach(), rest["z"])
+    for i in range(3):
+        alone = u.detach()[i].requires_grad_()
+        loss(alone, rest["z"][i]).backward()
+        assert torch.allclose(got[i], alone.grad, rtol=1e-4, atol=1e-6) and alone.grad.abs().max() > 0.1
+
+
+def test_autocast_does_not_round_the_reference():
+    inputs = random_inputs(SMALL)
+    expected = run_implementation("reference", **inputs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(run_implementation("reference", **inputs), expected)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_a_graph_exported_without_gradients_has_them(name):
+    class Scan(torch.nn.Module):
+        def forward(self, u, delta, A, B, C):
+            return run_implementation(name, u, delta, A, B, C, delta_softplus=True)
+
+    inputs = tuple(random_inputs((2, 100, 5, 3))[key] for key in ("u", "delta", "A", "B", "C"))
+    with torch.no_grad():
+        exported = torch.export.export(Scan(), inputs).module()
+    results = []
+    for module in (Scan(), exported):
+        given = [tensor.detach().requires_grad_() for tensor in inputs]
+        results.append(torch.autograd.grad(module(*given).square().sum(), given))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.skipif(not dispatch.HAS_NUMBA, reason="Numba is not installed")
+def test_a_thread_that_outlives_the_main_one():
+    code = """
+import threading, time, torch
+from selective_scan import run_implementation
+
+torch.set_num_threads(2)
+u, A, B = torch.randn(64, 9, 4), -torch.rand(4, 3), torch.randn(64, 9, 3)
+def scan(): return run_implementation("numba", u, u, A, B, B, delta_softplus=True).sum().item()
+expected = scan()
+def late():
+    threading.main_thread().join()
+    time.sleep(0.2)
+    print(scan() == expected)
+threading.Thread(target=late).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "True\n" and done.returncode == 0, done.stderr
 
 
 # ---- Choice and errors ------------------------------------------------------------------------------------
