@@ -54,8 +54,8 @@ def image_size(text: str) -> tuple[int, int]:
 def run_script(main: Callable[[], None]) -> None:
     """Run `main`; what a person can mend becomes one line on stderr.
 
-    Exit status 2: a `UserError`, a file that cannot be used, a full disk or a full memory. 130: Ctrl-C. 141,
-    without a word: the reader of the output has gone, as in `python train_mamba.py | head`.
+    Exit status 2: a `UserError`, a file that cannot be used, a full disk or memory, no C compiler for Triton.
+    130: Ctrl-C. 141, without a word: the reader of the output has gone, as in `python train_mamba.py | head`.
     """
     threading.excepthook = _thread_failed
     try:
@@ -82,6 +82,9 @@ def run_script(main: Callable[[], None]) -> None:
         names = " or ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         _fail(f"cannot read or write {names}: {error.strerror}; check its name and permissions")
     except (MemoryError, RuntimeError) as error:  # PyTorch has a RuntimeError for each device
+        if "Failed to find C compiler" in str(error):
+            _fail("Triton finds no C compiler, which it needs once on a GPU; install gcc and Python's headers, "
+                  "name one by CC, or use --device cpu")
         if not is_out_of_memory(error):
             raise
         _fail(f"the memory is full ({str(error)[:160]}); close other programs, or make batch, images or "

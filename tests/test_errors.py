@@ -33,6 +33,7 @@ def raising(error: BaseException):
     (MemoryError(), 2, "error: the memory is full"),
     (RuntimeError("CUDA out of memory. Tried\nto allocate"), 2, "error: the memory is full"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: the memory is full"),
+    (RuntimeError("Failed to find C compiler. Please specify"), 2, "error: Triton finds no C compiler"),
     (KeyboardInterrupt(), 130, "interrupted"),
 ])
 def test_what_a_person_can_mend_is_one_line(error, status, line, capsys):
