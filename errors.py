@@ -83,7 +83,7 @@ def run_script(main: Callable[[], None]) -> None:
         _fail(f"cannot read or write {names}: {error.strerror}; check its name and permissions")
     except (MemoryError, RuntimeError) as error:  # PyTorch has a RuntimeError for each device
         if "Failed to find C compiler" in str(error):
-            _fail("Triton finds no C compiler, which it needs once on a GPU; install gcc and Python's headers, "
+            _fail("Triton finds no C compiler, needed once on a GPU; install gcc and Python's headers, "
                   "name one by CC, or use --device cpu")
         if not is_out_of_memory(error):
             raise
