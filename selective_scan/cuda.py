@@ -26,7 +26,6 @@ States and sums are float32 whatever the inputs are.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from typing import NamedTuple
@@ -134,7 +133,6 @@ class Plan(NamedTuple):
         """Channels of one program."""
         return self.channels * self.lanes_e
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 (plans are small)  Layouts take longer to make than a launch.
     def arguments(self, n: int, wide: int = 4, backward: bool = False) -> dict:
         """What a kernel takes of it, for n states and inputs of which 16 bytes are `wide` numbers.
 
