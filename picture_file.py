@@ -6,12 +6,13 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from errors import UserError
 
 MAX_PIXELS = 64 * 2**20
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+# Without MPO: Pillow opens a camera's as the JPEG that it begins with, and has a KeyError for "MPO" itself.
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
 
@@ -39,6 +40,9 @@ def open_picture(path: Path, least: tuple[int, int] | None = None) -> Image.Imag
         raise
     except Image.DecompressionBombError as error:
         raise too_large from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} cannot be read as a picture (it is none of a known kind); use a PNG or "
+                        "JPEG file") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
         raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}); use a PNG or JPEG file"
                         ) from error

@@ -24,7 +24,7 @@ import folder
 import train_mamba
 import training
 from errors import UserError
-from picture_file import open_picture, read_rgb
+from picture_file import ENDINGS, open_picture, read_rgb
 from streaming import PictureFiles
 from tests.commands import Ended
 from trained import TrainedModel
@@ -75,6 +75,25 @@ def test_a_picture_of_any_mode_becomes_colour_of_the_size_asked_for(mode, tmp_pa
     assert got.shape == (3, 12, 18) and got.dtype == np.uint8
     if mode != "I;16":  # stretched from its darkest to its lightest
         assert got.mean() > 235
+
+
+@pytest.mark.parametrize("ending", sorted(ENDINGS))
+def test_a_picture_of_every_ending_is_read(ending, tmp_path):
+    picture((200, 200, 200)).save(tmp_path / f"a{ending}")
+    assert abs(read_rgb(tmp_path / f"a{ending}", (24, 20)).mean() - 200) < 3
+
+
+def test_the_first_of_a_cameras_pictures_in_one_file_is_read(tmp_path):
+    picture(COLOURS["red"]).save(tmp_path / "a.jpg", "MPO", save_all=True,
+                                 append_images=[picture(COLOURS["blue"])])
+    assert read_rgb(tmp_path / "a.jpg", (24, 20)).mean((1, 2)).argmax() == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"seven", b"<!DOCTYPE html>"])
+def test_what_is_no_picture_is_said_to_be_none(content, tmp_path):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(UserError, match="it is none of a known kind"):
+        open_picture(tmp_path / "a.png")
 
 
 def test_what_stands_over_is_cut_off_evenly_and_transparent_is_white(tmp_path):
