@@ -21,6 +21,7 @@ import matplotlib
 import numpy as np
 import seaborn
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -32,6 +33,7 @@ from errors import UserError
 DPI = 150
 MARGIN = 0.14  # inches
 INK, MUTED, FAINT, PALE = "#22272e", "#6b7480", "#c9ced6", "#eef1f4"
+MOST_NUMBERS = 50  # classes of a matrix with a number in each cell
 RIGHT, WRONG = "#2a6496", "#c2410c"  # blue and burnt orange: apart for every common colour blindness
 SERIES = ("#2a6496", "#c2410c", "#9a7209", "#5b4b8a", "#4d7c4d")
 ERRORS = LinearSegmentedColormap.from_list("errors", ["#fff4ea", "#fdba80", "#e8702a", "#8f2d0a"])
@@ -74,17 +76,19 @@ def confusion(labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str])
     diagonal = np.eye(count, dtype=bool)
     worst = share[~diagonal].max(initial=0.0) or 1.0
 
-    side = max(5.0, 0.68 * count)
+    numbers = count <= MOST_NUMBERS
+    side = max(5.0, 0.68 * count) if numbers else min(0.2 * count, 20)
+    gap = min(1.5, 0.05 * 72 * side / count)  # points between cells, which may be few pixels wide
     figure = _figure(side + 1.4, side + 0.5)
     axes = figure.subplots()
     seaborn.heatmap(share, mask=diagonal | (matrix == 0), cmap=ERRORS, vmin=0, vmax=worst, square=True,
-                    linewidths=1.5, linecolor="white", xticklabels=classes, yticklabels=classes, ax=axes,
+                    linewidths=gap, linecolor="white", xticklabels=False, yticklabels=False, ax=axes,
                     cbar_kws={"label": "errors, % of the true class", "shrink": 0.6, "aspect": 30})
-    for row, column in np.ndindex(matrix.shape):
+    for index in range(count):
+        axes.add_patch(Rectangle((index, index), 1, 1, facecolor=PALE, edgecolor="white", linewidth=gap))
+    for row, column in np.ndindex(matrix.shape if numbers else (0, 0)):
         number = matrix[row, column]
-        if row == column:
-            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=PALE, edgecolor="white", linewidth=1.5))
-        elif number == 0:
+        if row != column and number == 0:
             axes.text(column + 0.5, row + 0.5, "·", color=FAINT, ha="center", va="center")
             continue
         colour = "white" if row != column and share[row, column] > 0.65 * worst else INK
@@ -94,18 +98,19 @@ def confusion(labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str])
         axes.text(column + 0.5, row + 0.74, percent, color=colour, ha="center", va="center", fontsize=6)
 
     axes.set(xlabel="predicted", ylabel="true")
-    long_names = max(map(len, classes)) > 6
+    turn = (40 if numbers else 60) if max(map(len, classes)) > (6 if numbers else 2) else 0
     axes.tick_params(length=0)
-    axes.set_xticklabels(axes.get_xticklabels(), rotation=40 if long_names else 0,
-                         ha="right" if long_names else "center", rotation_mode="anchor")
-    axes.set_yticklabels(axes.get_yticklabels(), rotation=0)
+    named = np.arange(0, count, -(-count // 100))  # more names have no room
+    axes.set_xticks(named + 0.5, [classes[index] for index in named], rotation=turn,
+                    ha="right" if turn else "center", rotation_mode="anchor")
+    axes.set_yticks(named + 0.5, [classes[index] for index in named], va="center")
     bar = axes.collections[0].colorbar
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8)
     bar.ax.locator_params(nbins=5)
     right, total = int(np.trace(matrix)), int(matrix.sum())
     _title(figure, "Confusion matrix", f"{right:,} of {total:,} right ({_percent(right, total)}); "
-                                       "each cell: images and percent of its row")
+           + ("each cell: images and percent of its row" if numbers else "the darker, the more of its row"))
     return figure
 
 
@@ -432,10 +437,13 @@ def growth(curves: dict[str, Sequence[tuple[float, float]]], title: str, subtitl
 # --------------------------------------------------------------------------------------------- the pieces
 
 
-def _figure(width: float, height: float) -> Figure:
-    """An empty Figure, inches, that keeps whatever is drawn inside its margins."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    figure.get_layout_engine().set(w_pad=MARGIN, h_pad=MARGIN / 2)
+def _figure(width: float, height: float, dpi: int = DPI, layout: str | None = "constrained") -> Figure:
+    """An empty Figure, inches, that keeps whatever is drawn inside its margins where it has a layout."""
+    figure = Figure(figsize=(width, height), dpi=dpi, layout=layout)
+    # A bare Figure makes a picture of its whole size for each word that is measured, and keeps it.
+    FigureCanvasAgg(figure)
+    if layout:
+        figure.get_layout_engine().set(w_pad=MARGIN, h_pad=MARGIN / 2)
     return figure
 
 
@@ -450,7 +458,7 @@ def _grid(count: int, columns: int, side: float, text_lines: int,
     step, drop = 1.34 * side, side + 0.17 * text_lines + 0.12
     width = max(5, columns * step - 0.34 * side + 2 * MARGIN)
     height = _title_height(subtitle_lines) + rows * drop
-    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure = _figure(width, height, layout=None)
     cells = []
     for index in range(count):
         row, column = divmod(index, columns)

@@ -19,7 +19,6 @@ import matplotlib
 import numpy as np
 import seaborn
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
@@ -28,7 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from errors import UserError
-from figures import DPI, FAINT, INK, MARGIN, MUTED, PALE, RIGHT, WRONG, _figure, _title, _title_height, styled
+from figures import FAINT, INK, MARGIN, MUTED, PALE, RIGHT, WRONG, _figure, _title, _title_height, styled
 
 HEAT = matplotlib.colormaps["magma"]
 MOST_SCANS = 12
@@ -62,7 +61,7 @@ def _token_maps(images, maps, orders, lengths, names, title: str, subtitle: str,
     width = max(6.2, columns * (SIDE + gap) - gap + 2 * MARGIN)
     top = _title_height(subtitle.count("\n") + 1)
     height = top + head + rows * (SIDE + gap) + foot
-    figure = Figure(figsize=(width, height), dpi=DPI)
+    figure = _figure(width, height, layout=None)
 
     def place(column: int, bottom: float, tall: float) -> Axes:
         """Axes in a column, `bottom` and `tall` in inches."""
@@ -189,8 +188,7 @@ def state_frames(image: ArrayLike, grid: tuple[int, int], states: Sequence[Array
     orders, lengths, names = ([values[scan] for scan in chosen] for values in (orders, lengths, names))
     tokens = len(states[0])
     picture = image[0] if image.shape[0] == 1 else image.mean(axis=0)
-    figure = Figure(figsize=(6.4, 0.75 + 0.95 * len(states)), dpi=100)
-    FigureCanvasAgg(figure)
+    figure = _figure(6.4, 0.75 + 0.95 * len(states), dpi=100, layout=None)
     rows = figure.subplots(len(states), 3, squeeze=False, width_ratios=(1, 5.2, 1.7))
     inch = 1 / figure.get_figheight()
     figure.subplots_adjust(left=0.02, right=0.97, top=1 - 0.62 * inch, bottom=0.02, hspace=0.42, wspace=0.08)

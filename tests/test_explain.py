@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 import explain
@@ -121,7 +121,7 @@ def test_pictures_and_animation_can_be_written(scan, bidirectional, channels, tm
     drawn = explain.draw(images, scans)
     assert set(drawn) == {"delta.png", "memory.png", "memory_reach.png"}
     for name, figure in drawn.items():
-        assert isinstance(figure, Figure)
+        assert isinstance(figure.canvas, FigureCanvasAgg)
         figures.save(figure, tmp_path / name)
     words = [axes.get_title() for axes in drawn["delta.png"].axes]
     assert [scan.name for scan in scans] == [word for word in words if word]

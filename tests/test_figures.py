@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -61,6 +64,7 @@ def test_every_figure_can_be_saved(examples, classes, wrong, tmp_path):
     }
     for name, figure in drawn.items():
         assert isinstance(figure, Figure)
+        assert isinstance(figure.canvas, FigureCanvasAgg), "another takes a gigabyte at 20 classes"
         figures.save(figure, tmp_path / "new" / f"{name}.png")
         with Image.open(tmp_path / "new" / f"{name}.png") as picture:
             assert min(picture.size) > 300 and np.asarray(picture).std() > 5
@@ -74,6 +78,19 @@ def test_confusion_shows_counts_and_row_percent(examples):
     assert "errors" in colour_bar.get_ylabel()
     assert {"3", "75.0%", "1", "25.0%", "100.0%"} <= {text.get_text() for text in matrix.texts}
     assert "39 of 40 right (97.50%)" in words(figure)
+
+
+@pytest.mark.parametrize("count", [60, 400])
+def test_the_confusion_of_many_classes_is_neither_large_nor_slow(count, tmp_path):
+    labels = np.arange(3 * count) % count
+    predicted = np.where(np.arange(3 * count) < count, (labels + 1) % count, labels)
+    started = time.perf_counter()
+    figure = figures.confusion(labels, predicted, [f"class {index}" for index in range(count)])
+    figures.save(figure, tmp_path / "a.png")
+    assert time.perf_counter() - started < 10
+    assert not figure.axes[0].texts and 50 <= len(figure.axes[0].get_yticklabels()) <= 100
+    with Image.open(tmp_path / "a.png") as picture:
+        assert max(picture.size) < 3300
 
 
 def test_a_class_without_images_has_a_row_but_no_scores(examples):
