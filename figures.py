@@ -47,6 +47,7 @@ styled = matplotlib.rc_context({
     "xtick.color": MUTED,
     "ytick.color": INK,
     "xtick.labelcolor": INK,
+    "text.parse_math": False,  # a class, a run and a file may have a $ in their names
 })  # a decorator: the style holds while the function below it draws
 
 
@@ -219,11 +220,12 @@ def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> 
     chart.set(ylabel="right, %", ylim=(-3, 103), xlim=(0, 100))
     below.bar(edges[:-1], count, width=0.9 * 100 / bins, align="edge", color=RIGHT, log=True)
     below.set(xlabel="confidence in the predicted class, %", ylabel="images", ylim=(0.6, 2 * count.max()))
+    below.yaxis.set_major_formatter("{x:,.0f}")  # a logarithmic axis would write 10² in mathtext
+    below.minorticks_off()
     for axes in (chart, below):
         axes.grid(axis="y", color=PALE, linewidth=1.2)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
-        axes.tick_params(which="minor", length=0)
         seaborn.despine(ax=axes, left=True)
     _title(figure, "Confidence against accuracy",
            f"expected calibration error {100 * error:.2f}% ({bins} bins, {count.sum():,} images);\n"
@@ -426,6 +428,7 @@ def growth(curves: dict[str, Sequence[tuple[float, float]]], title: str, subtitl
     axes.set(xscale="log", yscale="log", xlabel=x, ylabel=y)
     ticks = sorted({point[0] for points in curves.values() for point in points})
     axes.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
+    axes.yaxis.set_major_formatter("{x:,.10g}")
     axes.minorticks_off()
     axes.grid(color=PALE)
     axes.legend(frameon=False, loc="upper left", fontsize=8.5)
@@ -502,10 +505,9 @@ def _title_height(subtitle_lines: int) -> float:
 def _title(figure: Figure, title: str, subtitle: str) -> None:
     """A bold title with a quiet line or two below it, in a strip kept free of axes."""
     width, height = figure.get_size_inches()
-    figure.text(MARGIN / width, 1 - 0.12 / height, title, weight="bold", fontsize=13, va="top",
-                parse_math=False)  # a file name may hold a $
+    figure.text(MARGIN / width, 1 - 0.12 / height, title, weight="bold", fontsize=13, va="top")
     figure.text(MARGIN / width, 1 - 0.38 / height, subtitle, color=MUTED, fontsize=8.5, va="top",
-                linespacing=1.4, parse_math=False)
+                linespacing=1.4)
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.set(rect=(0, 0, 1, 1 - _title_height(subtitle.count("\n") + 1) / height))

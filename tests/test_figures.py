@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 import figures
@@ -17,6 +18,7 @@ from errors import UserError
 CLASSES = tuple("0123456789")
 LONG = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
         "Ankle boot")
+DOLLARS = ("$_$", "$x_1$", "US$", r"a\$b$", "$", "$$", "$\\frac$", "_$^$_", "${}$", "x")
 
 
 def guesses(labels: np.ndarray, wrong: int) -> np.ndarray:
@@ -46,11 +48,12 @@ def examples():
     return rng.integers(0, 256, (40, 1, 8, 8), dtype=np.uint8), labels
 
 
-@pytest.mark.parametrize(("classes", "wrong"), [(CLASSES, 7), (LONG, 40), (LONG, 0)])
+@pytest.mark.parametrize(("classes", "wrong"), [(CLASSES, 7), (DOLLARS, 40), (LONG, 0)])
 def test_every_figure_can_be_saved(examples, classes, wrong, tmp_path):
     images, labels = examples
     probabilities = guesses(labels, wrong)
     predicted = probabilities.argmax(axis=1)
+    table = [("", classes[:2]), ("accuracy", "12")]
     drawn = {
         "confusion": figures.confusion(labels, predicted, classes),
         "predictions": figures.predictions(images, labels, probabilities, classes),
@@ -60,10 +63,12 @@ def test_every_figure_can_be_saved(examples, classes, wrong, tmp_path):
         "reliability": figures.reliability(labels, probabilities),
         "robustness": figures.robustness(curves()),
         "bars": figures.bars(images[0], probabilities[0], classes, "a $title$"),
+        "comparison": figures.comparison(table, labels, [predicted] * 2, classes, "here"),
         "performance": figures.performance([("parameters", "1")], {"mamba": {1: 2.0, 64: 3.0}}, "here"),
     }
     for name, figure in drawn.items():
         assert isinstance(figure, Figure)
+        assert not any(text.get_parse_math() and "$" in text.get_text() for text in figure.findobj(Text))
         assert isinstance(figure.canvas, FigureCanvasAgg), "another takes a gigabyte at 20 classes"
         figures.save(figure, tmp_path / "new" / f"{name}.png")
         with Image.open(tmp_path / "new" / f"{name}.png") as picture:
@@ -204,6 +209,16 @@ def test_reliability_tells_the_error_and_leaves_empty_bins_out(examples):
     error = figures.calibration(labels, probabilities)[3]
     figure = figures.reliability(labels, probabilities)
     assert f"expected calibration error {100 * error:.2f}%" in words(figure)
+
+
+def test_logarithmic_axes_have_plain_numbers(examples):
+    _, labels = examples
+    reliability = figures.reliability(labels, guesses(labels, 7))
+    growth = figures.growth({"a": [(1, 0.01), (100, 1e6)]}, "title", "subtitle", "x", "y")
+    for figure, shown in ((reliability, {"1", "10"}), (growth, {"0.01", "1", "1,000,000"})):
+        figure.canvas.draw()
+        labels = {text.get_text() for text in figure.axes[-1].get_yticklabels(which="both")}
+        assert shown <= labels and not any("$" in label for label in labels)
 
 
 def test_robustness_shows_every_curve_and_example():
