@@ -203,9 +203,20 @@ def calibration(labels: ArrayLike, probabilities: ArrayLike,
     return mean, accuracy, count, error
 
 
+def wilson(share: ArrayLike, count: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """The 95% interval of a binomial `share` of `count` trials: Wilson's score interval (JASA 22, 1927). It
+    stays in 0 to 1 and has a width also where all trials ended alike."""
+    share, count = np.asarray(share, np.float64), np.asarray(count, np.float64)
+    z2 = 1.959964 ** 2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = np.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count) / (1 + z2 / count)
+    return np.clip(centre - half, 0, share), np.clip(centre + half, share, 1)  # against rounding
+
+
 @styled
 def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> Figure:
-    """The reliability diagram: how often the model is right when it is so sure, and of how many images."""
+    """The reliability diagram: how often the model is right when it is so sure, with Wilson's 95% intervals,
+    and of how many images."""
     mean, accuracy, count, error = calibration(labels, probabilities, bins)
     edges = 100 * np.linspace(0, 1, bins + 1)
     figure = _figure(5.2, 5.2)
@@ -213,9 +224,9 @@ def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> 
     chart.plot([0, 100], [0, 100], color=FAINT, linestyle="--", linewidth=1.4)
     chart.text(97, 8, "dashed: as sure as right", color=MUTED, fontsize=8, ha="right")
     full = count > 0
-    # 95% of a binomial distribution: few images say little.
-    spread = 196 * np.sqrt(accuracy[full] * (1 - accuracy[full]) / count[full])
-    chart.errorbar(100 * mean[full], 100 * accuracy[full], yerr=spread, color=RIGHT, marker="o", markersize=5,
+    right, low, high = accuracy[full], *wilson(accuracy[full], count[full])
+    spread = 100 * np.stack([right - low, high - right])
+    chart.errorbar(100 * mean[full], 100 * right, yerr=spread, color=RIGHT, marker="o", markersize=5,
                    linewidth=1.6, elinewidth=1, ecolor=MUTED, capsize=2)
     chart.set(ylabel="right, %", ylim=(-3, 103), xlim=(0, 100))
     below.bar(edges[:-1], count, width=0.9 * 100 / bins, align="edge", color=RIGHT, log=True)
@@ -229,7 +240,7 @@ def reliability(labels: ArrayLike, probabilities: ArrayLike, bins: int = 15) -> 
         seaborn.despine(ax=axes, left=True)
     _title(figure, "Confidence against accuracy",
            f"expected calibration error {100 * error:.2f}% ({bins} bins, {count.sum():,} images);\n"
-           "thin bars: 95% intervals")
+           "thin bars: Wilson's 95% intervals")
     return figure
 
 

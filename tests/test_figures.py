@@ -194,6 +194,19 @@ def test_calibration_by_hand_and_of_a_calibrated_model(seed):
     assert figures.calibration(labels, np.eye(10)[labels])[3] == 0
 
 
+def test_wilsons_interval_by_hand_and_where_all_are_right():
+    low, high = figures.wilson([0.5, 0.9, 0, 1, 1], [10, 50, 10, 10, 1])
+    assert low == pytest.approx([0.2366, 0.7864, 0, 0.7225, 0.2065], abs=1e-4)
+    assert high == pytest.approx([0.7634, 0.9565, 0.2775, 1, 1], abs=1e-4)
+
+
+def test_a_bin_of_right_answers_alone_has_an_interval(examples):
+    _, labels = examples
+    chart = figures.reliability(labels, guesses(labels, 0)).axes[0]
+    ends = np.concatenate(chart.collections[0].get_segments())[:, 1]
+    assert ends.min() < 95 and ends.max() == 100
+
+
 def test_performance_has_a_labelled_bar_for_each_model_and_batch():
     rates = {"mamba": {1: 110.0, 64: 1200.0}, "lstm": {1: 130.0, 64: 1400.0}}
     _, axes = figures.performance([("parameters", "1")], rates, "here").axes
