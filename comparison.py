@@ -14,7 +14,7 @@ import torch
 import evaluate
 import figures
 from baselines import ARCHITECTURES, matched_config
-from errors import UserError
+from errors import UserError, printable
 from trained import TrainedModel
 
 BATCH = 64  # of the pass whose memory is compared
@@ -33,7 +33,7 @@ def compare(models: list[TrainedModel], folder: Path) -> list[Path]:
                             f"{first.dataset_name}; compare runs of one dataset")
     names = {model.path: model.run_name for model in models}
     if len(set(names.values())) < len(names):  # files of one name in several folders
-        names = {path: str(path) for path in names}
+        names = {path: printable(path) for path in names}
     rows, predictions = [], []
     for model in models:
         labels = model.dataset.test.labels

@@ -16,7 +16,7 @@ RUNS_DIR/<run name>/report.html. A run's name is that of its checkpoint's file.
 from __future__ import annotations
 
 import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
-from errors import ArgumentParser, UserError, as_flag, image_size, run_script  # isort: skip  (Ctrl-C is one line from here on)
+from errors import ArgumentParser, UserError, as_flag, image_size, printable, run_script  # isort: skip  (Ctrl-C is one line from here on)
 
 import argparse
 import json
@@ -190,7 +190,7 @@ def test(demo: TrainedModel, animated: bool = False) -> tuple[list[Path], dict]:
         f"{demo.path} ({demo.architecture}, epoch {demo.epoch}) on {found['device']}",
         "",
         f"{'class':<{width}}{'precision':>10}{'recall':>10}{'F1':>10}{'images':>10}",
-        *(f"{name:<{width}}{100 * row['precision']:>10.2f}{100 * row['recall']:>10.2f}"
+        *(f"{printable(name):<{width}}{100 * row['precision']:>10.2f}{100 * row['recall']:>10.2f}"
           f"{100 * row['f1']:>10.2f}{row['images']:>10,}" for name, row in found["classes"].items()),
         "",
         *(f"{name:<36}{value:>16}" for name, value in numbers),
@@ -307,9 +307,9 @@ def classify_pictures(demo: TrainedModel, paths: list[Path]) -> list[Path]:
     rows = demo.probabilities(images)
     for path, name, image, row in zip(paths, names, images, rows, strict=True):
         first, second = np.argsort(-row, kind="stable")[:2]
-        figures.save(figures.bars(image, row, demo.classes, printable(path.name)), demo.folder / name)
-        print(f"{printable(path)}: {demo.classes[first]} ({100 * row[first]:.1f}%), "
-              f"then {demo.classes[second]} ({100 * row[second]:.1f}%)")
+        figures.save(figures.bars(image, row, demo.classes, path.name), demo.folder / name)
+        print(f"{printable(path)}: {printable(demo.classes[first])} ({100 * row[first]:.1f}%), "
+              f"then {printable(demo.classes[second])} ({100 * row[second]:.1f}%)")
     return list_written(demo.folder, names)
 
 
@@ -339,11 +339,6 @@ def write_text(path: Path, text: str) -> None:
 def list_written(folder: Path, names: list[str]) -> list[Path]:
     print(f"\nwritten into {folder}:\n" + "\n".join(f"  {name}" for name in names), flush=True)
     return [folder / name for name in names]
-
-
-def printable(name: Path | str) -> str:
-    """A file's name without the bytes that no font and no terminal can show."""
-    return str(name).encode(errors="replace").decode()
 
 
 def show(paths: list[Path]) -> None:

@@ -11,6 +11,7 @@ import argparse
 import errno
 import io
 import os
+import re
 import sys
 import threading
 import time
@@ -20,6 +21,8 @@ from typing import NoReturn
 # What a file's name, or whose it is, can make a system say.
 UNUSABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG,
             errno.EROFS)
+
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -40,6 +43,11 @@ class ArgumentParser(argparse.ArgumentParser):
 def as_flag(name: str) -> str:
     """How the argument `name` is typed: --batch-size for batch_size."""
     return "--" + name.replace("_", "-")
+
+
+def printable(name: object) -> str:
+    """A name for people: what would break the line, move a terminal's cursor or be no text becomes a ?."""
+    return UNPRINTABLE.sub("?", str(name))
 
 
 def image_size(text: str) -> tuple[int, int]:
@@ -102,7 +110,7 @@ def _fail(message: str) -> NoReturn:
         # Where all processes fail alike the first one tells, and torchrun ends the others; on a busy machine
         # it may come seconds after them.
         time.sleep(10)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(2)
 
 

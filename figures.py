@@ -28,11 +28,12 @@ from matplotlib.patches import Rectangle
 from numpy.typing import ArrayLike
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from errors import UserError
+from errors import UserError, printable
 
 DPI = 150
 MARGIN = 0.14  # inches
 INK, MUTED, FAINT, PALE = "#22272e", "#6b7480", "#c9ced6", "#eef1f4"
+CLASS_LETTERS = 24  # of a class's name beside a chart
 MOST_NUMBERS = 50  # classes of a matrix with a number in each cell
 RIGHT, WRONG = "#2a6496", "#c2410c"  # blue and burnt orange: apart for every common colour blindness
 SERIES = ("#2a6496", "#c2410c", "#9a7209", "#5b4b8a", "#4d7c4d")
@@ -70,7 +71,7 @@ def confusion(labels: ArrayLike, predictions: ArrayLike, classes: Sequence[str])
     The diagonal is left pale and only the errors are coloured, on their own scale: one error in a
     thousand would vanish beside the diagonal on a common scale.
     """
-    count = len(classes)
+    count, classes = len(classes), [_short(name, CLASS_LETTERS) for name in classes]
     matrix = confusion_matrix(np.asarray(labels), np.asarray(predictions), labels=range(count))
     totals = matrix.sum(axis=1, keepdims=True)
     share = 100 * matrix / np.maximum(totals, 1)
@@ -286,9 +287,9 @@ def class_scores(labels: ArrayLike, predictions: ArrayLike, classes: Sequence[st
         np.asarray(labels), np.asarray(predictions), labels=range(len(classes)), zero_division=0)[:3])
     support = np.bincount(np.asarray(labels), minlength=len(classes))
     scores[:, support == 0] = np.nan
-    rows = np.arange(len(classes))
+    rows, classes = np.arange(len(classes)), [_short(name, CLASS_LETTERS) for name in classes]
 
-    figure = _figure(8, 1.3 + 0.34 * len(classes))
+    figure = _figure(7.2 + 0.08 * max(10, *map(len, classes)), 1.3 + 0.34 * len(classes))
     chart, table = figure.subplots(1, 2, sharey=True, width_ratios=(1.4, 1))
     chart.hlines(rows, scores[:2].min(axis=0), scores[:2].max(axis=0), color=FAINT, linewidth=3, zorder=1)
     for values, marker in zip(scores[:2], "><", strict=True):
@@ -322,7 +323,7 @@ def bars(image: ArrayLike, probabilities: ArrayLike, classes: Sequence[str], tit
     """One image, as the model sees it, beside the probabilities of all classes."""
     probabilities = np.asarray(probabilities)
     best = int(probabilities.argmax())
-    rows = np.arange(len(classes))
+    rows, classes = np.arange(len(classes)), [_short(name, CLASS_LETTERS) for name in classes]
     figure = _figure(7, max(2.9, 0.9 + 0.21 * len(classes)))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.45))
     _picture(left, np.asarray(image), wrong=False)
@@ -339,7 +340,8 @@ def bars(image: ArrayLike, probabilities: ArrayLike, classes: Sequence[str], tit
     right.set_xticks([])
     right.tick_params(length=0)
     seaborn.despine(ax=right, bottom=True)
-    _title(figure, title, f"predicted {classes[best]} with probability {100 * probabilities[best]:.1f}%")
+    _title(figure, _short(title, 54),
+           f"predicted {classes[best]} with probability {100 * probabilities[best]:.1f}%")
     return figure
 
 
@@ -374,7 +376,7 @@ def performance(numbers: Sequence[tuple[str, str]], throughput: dict[str, dict[i
     right.set_title("images per second", fontsize=9, color=MUTED)
     right.tick_params(length=0)
     seaborn.despine(ax=right, bottom=True)
-    _title(figure, "Performance", subtitle)
+    _title(figure, "Performance", _short(subtitle, 110))
     return figure
 
 
@@ -385,14 +387,20 @@ def comparison(table: Sequence[tuple[str, Sequence[str]]], labels: ArrayLike,
 
     Below, where each is wrong: how many images of every (true, predicted) pair, on one scale for all.
     """
-    models, count = len(predictions), len(classes)
-    side, lines = max(2.6, 0.3 * count), len(table)
-    figure = _figure(max(8, 1.9 + (side + 0.3) * models), 1.1 + 0.27 * lines + side + 0.5)
-    top, bottom = figure.subfigures(2, 1, height_ratios=(0.27 * lines, side + 0.5))
+    models, count, lines = len(predictions), len(classes), len(table)
+    classes = [_short(name, 16) for name in classes] if count <= 12 else []
+    longest = max(map(len, classes), default=0)
+    turn, side = 40 if longest > 3 else 0, min(max(2.6, 0.3 * count), 10)
+    wide, tall = side + 0.3 + 0.07 * longest, side + 0.5 + (0.05 * longest if turn else 0)
+    width = max(8, 1.9 + wide * models)
+    figure = _figure(width, 1.1 + 0.27 * lines + tall)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(0.27 * lines, tall))
     axes = top.subplots()
     axes.axis("off")
     axes.set(xlim=(0, 1), ylim=(lines - 0.5, -0.5))
     first = 0.26
+    room = int((1 - first) * width / models / 0.1)  # letters
+    table = [(table[0][0], [_short(name, room) for name in table[0][1]]), *table[1:]]
     for row, (name, values) in enumerate(table):
         axes.text(0, row, name, va="center", color=MUTED)
         for column, value in enumerate(values):
@@ -407,14 +415,16 @@ def comparison(table: Sequence[tuple[str, Sequence[str]]], labels: ArrayLike,
     for place, name, matrix in zip(np.ravel(bottom.subplots(1, models)), table[0][1], matrices, strict=True):
         seaborn.heatmap(matrix, mask=diagonal | (matrix == 0), cmap=ERRORS, vmin=0, vmax=worst, square=True,
                         linewidths=1, linecolor=PALE, cbar=False, annot=count <= 12, fmt="d",
-                        annot_kws={"fontsize": 7}, xticklabels=classes if count <= 12 else False,
-                        yticklabels=classes if count <= 12 else False, ax=place)
+                        annot_kws={"fontsize": 7}, xticklabels=classes or False, yticklabels=classes or False,
+                        ax=place)
         for index in range(count):
             place.add_patch(Rectangle((index, index), 1, 1, facecolor=PALE, edgecolor="white"))
         wrong = int(matrix.sum() - np.trace(matrix))
-        place.set_title(f"{name}: {wrong:,} wrong", fontsize=9)
+        place.set_title(f"{_short(name, int(width / models / 0.085) - 16)}: {wrong:,} wrong", fontsize=9)
         place.set(xlabel="predicted", ylabel="true")
         place.tick_params(length=0, labelrotation=0)
+        if turn:
+            place.set_xticks(place.get_xticks(), classes, rotation=turn, ha="right", rotation_mode="anchor")
     _title(figure, "Models side by side", subtitle)
     return figure
 
@@ -505,8 +515,12 @@ def _caption(axes: Axes, first: str, rest: str, right: bool) -> None:
 
 
 def _short(name: str, letters: int = 10) -> str:
-    """A class's name, cut to what has room below a picture."""
-    return name if len(name) <= letters else f"{name[:letters - 1].rstrip(' _-')}…"
+    """A name cut to what has room, in its middle: the names of a series differ at their ends."""
+    name = printable(name)
+    if len(name) <= letters:
+        return name
+    end = (letters - 1) // 3
+    return f"{name[:letters - 1 - end].rstrip(' _-')}…{name[-end:].lstrip(' _-')}"
 
 
 def _title_height(subtitle_lines: int) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, printable
 from picture_file import ENDINGS, read_rgb
 
 HELD_OUT = 0.1  # of each class for validation, and as much again for the test
@@ -161,7 +161,7 @@ def read_all(root: Path, paths: Iterable[str], size: tuple[int, int], keep: bool
             image = read_rgb(root / path, size)
             return image if keep else True
         except UserError as error:
-            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            tqdm.write(f"skipped: {printable(error)}", file=sys.stderr)
             return None
 
     paths = list(paths)

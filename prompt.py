@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from errors import UserError
+from errors import UserError, printable
 from trained import TrainedModel
 
 
@@ -27,7 +27,7 @@ def converse(demo: TrainedModel) -> None:
         try:
             image, truth = fetch_image(demo, answer)
         except UserError as error:
-            print(" ".join(str(error).split()))
+            print(printable(" ".join(str(error).split())))
             continue
         row = demo.probabilities(image)[0]
         print(terminal_picture(image[0]))
@@ -66,6 +66,7 @@ def terminal_picture(image: Tensor) -> str:
 
 
 def terminal_bars(probabilities: np.ndarray, classes: tuple[str, ...], truth: int | None) -> str:
+    classes = tuple(map(printable, classes))
     best, width = int(probabilities.argmax()), max(map(len, classes))
     lines = [f"{name:>{width}} {'█' * round(40 * value):<40} {100 * value:5.1f}%"
              for name, value in zip(classes, probabilities.tolist(), strict=True)]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, printable
 from picture_file import open_picture, read_rgb, to_rgb
 
 SMALLEST_CROP = 0.25  # of a picture's area, when crops are random
@@ -99,7 +99,7 @@ class PictureFiles:
             for line in broken:
                 if line not in self.named:
                     self.named.add(line)
-                    tqdm.write(f"skipped: {line}", file=sys.stderr)
+                    tqdm.write(f"skipped: {printable(line)}", file=sys.stderr)
             yield (images.to(self.device, non_blocking=True), numbers.to(self.device, non_blocking=True))
         if len(self.named) > before:
             tqdm.write(f"{len(self.named):,} of {len(self):,} pictures skipped, because they cannot be read",

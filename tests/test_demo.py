@@ -25,7 +25,7 @@ from demo_mamba import parse_arguments, picture_names
 from errors import UserError
 from mamba_ssm_simple import VisionMamba2
 from pictures import prepare_picture
-from prompt import converse
+from prompt import converse, terminal_bars
 from trained import TrainedModel
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +167,11 @@ def test_names_of_charts_never_collide():
     names = picture_names(paths)
     assert len({name.lower() for name in names}) == len(names)
     assert names[:2] == ["image-a.png", "image-a-2.png"] and "confusion.png" not in names
+
+
+def test_bars_in_a_terminal_keep_to_their_lines():
+    said = terminal_bars(np.array([0.25, 0.75]), ("a\nb", "\x1b[2Jc"), 1)
+    assert said.count("\n") == 2 and "\x1b" not in said and said.endswith("predicted ?[2Jc ✓")
 
 
 # ---- the commands

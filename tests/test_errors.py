@@ -29,6 +29,7 @@ def raising(error: BaseException):
 
 @pytest.mark.parametrize(("error", "status", "line"), [
     (UserError("cause;\n  mend"), 2, "error: cause; mend"),
+    (UserError("there is no \x1b[31ma.png"), 2, "error: there is no ?[31ma.png"),
     (OSError(errno.ENOSPC, "No space left"), 2, "error: the disk is full"),
     (MemoryError(), 2, "error: the memory is full"),
     (RuntimeError("CUDA out of memory. Tried\nto allocate"), 2, "error: the memory is full"),
