@@ -31,7 +31,7 @@ from figures import FAINT, INK, MARGIN, MUTED, PALE, RIGHT, WRONG, _figure, _tit
 
 HEAT = matplotlib.colormaps["magma"]
 MOST_SCANS = 12
-SIDE = 0.86  # inches of one small picture
+SIDE = 0.86  # inches of a column of small pictures
 
 
 def delta_maps(images: ArrayLike, maps: Sequence[ArrayLike], orders: Sequence[ArrayLike],
@@ -57,33 +57,37 @@ def _token_maps(images, maps, orders, lengths, names, title: str, subtitle: str,
                 logarithmic: bool = False) -> Figure:
     images, chosen = np.asarray(images), _evenly(len(maps), MOST_SCANS)
     columns, rows = len(chosen) + 1, len(images)
-    gap, head, foot = 0.12, SIDE + 0.3, 0.42
+    aspect = images.shape[2] / images.shape[3]
+    tall = min(SIDE * aspect, 2 * SIDE)  # inches of one picture; wide only as much as that leaves it
+    wide, schema = tall / aspect, max(tall, SIDE / 2)
+    gap, head, foot = 0.12, schema + 0.3, 0.42
     width = max(6.2, columns * (SIDE + gap) - gap + 2 * MARGIN)
     top = _title_height(subtitle.count("\n") + 1)
-    height = top + head + rows * (SIDE + gap) + foot
+    height = top + head + rows * (tall + gap) + foot
     figure = _figure(width, height, layout=None)
 
-    def place(column: int, bottom: float, tall: float) -> Axes:
-        """Axes in a column, `bottom` and `tall` in inches."""
-        left = MARGIN + column * (SIDE + gap)
-        return figure.add_axes((left / width, bottom / height, SIDE / width, tall / height))
+    def place(column: int, bottom: float, high: float, wide: float = SIDE) -> Axes:
+        """Axes in the middle of a column, sizes in inches."""
+        left = MARGIN + column * (SIDE + gap) + (SIDE - wide) / 2
+        return figure.add_axes((left / width, bottom / height, wide / width, high / height))
 
     def column_axes(column: int) -> Axes:
         """Axes for all pictures of a column: one for each picture would take seconds to draw."""
-        axes = place(column, height - top - head - rows * (SIDE + gap), rows * (SIDE + gap))
+        axes = place(column, height - top - head - rows * (tall + gap), rows * (tall + gap), wide)
+        axes.set(xlim=(0, wide), ylim=(rows * (tall + gap), 0))
+        axes.set_autoscale_on(False)
         _bare(axes)
         return axes
 
     def tile(axes: Axes, row: int, pixels: np.ndarray, **how) -> AxesImage:
-        above = row * (SIDE + gap)
-        return axes.imshow(pixels, extent=(0, SIDE, above + SIDE, above), aspect="auto",
+        above = row * (tall + gap)
+        return axes.imshow(pixels, extent=(0, wide, above + tall, above), aspect="auto",
                            interpolation="nearest", **how)
 
     axes = column_axes(0)
     for row, image in enumerate(images):
         pixels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
         tile(axes, row, pixels, cmap="gray", vmin=0, vmax=255)
-    axes.set(xlim=(0, SIDE), ylim=(rows * (SIDE + gap), 0))
     for column, scan in enumerate(chosen, start=1):
         values = np.asarray(maps[scan])
         high = max(values.max(), 1e-9)
@@ -93,14 +97,13 @@ def _token_maps(images, maps, orders, lengths, names, title: str, subtitle: str,
         else:
             low = min(values.min(), 0.99 * high)
             norm = Normalize(low, high)
-        axes = place(column, height - top - head + gap, SIDE)
+        axes = place(column, height - top - head + gap, schema, wide)
         _reading_order(axes, np.asarray(orders[scan]), lengths[scan], values.shape[1:])
         axes.set_title(names[scan], fontsize=8.5, weight="bold", pad=3)
         axes = column_axes(column)
         for row in range(rows):
             shown = tile(axes, row, np.maximum(values[row], low), cmap=HEAT, norm=norm)
-        axes.set(xlim=(0, SIDE), ylim=(rows * (SIDE + gap), 0))
-        bar = place(column, height - top - head - rows * (SIDE + gap) - 0.02, 0.07)
+        bar = place(column, height - top - head - rows * (tall + gap) - 0.02, 0.07)
         figure.colorbar(shown, cax=bar, orientation="horizontal").outline.set_visible(False)
         bar.minorticks_off()
         bar.set_xticks([])

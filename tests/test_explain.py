@@ -131,6 +131,16 @@ def test_pictures_and_animation_can_be_written(scan, bidirectional, channels, tm
         assert film.n_frames == 16 and film.size == frames[0].size
 
 
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (8, 32), (24, 16), (48, 8)])
+def test_pictures_and_maps_keep_the_shape_of_the_images(height, width, seed):
+    images = torch.zeros(2, 1, height, width, dtype=torch.uint8)
+    figure = explain.draw(images, explain.record(model(), images.float()))["delta.png"]
+    tiles = [picture.get_window_extent() for axes in figure.axes for picture in axes.images]
+    assert len(tiles) == 2 * 4
+    assert all(tile.width / tile.height == pytest.approx(width / height) for tile in tiles)
+    assert not any(a.overlaps(b) for number, a in enumerate(tiles) for b in tiles[:number])
+
+
 def test_many_blocks_and_long_sequences_are_thinned_out(seed):
     images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
     scans = explain.record(model(num_blocks=13, patch_size=2), images.float())
