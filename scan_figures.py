@@ -161,6 +161,7 @@ def memory_reach(shares: Sequence[ArrayLike], names: Sequence[str]) -> Figure:
         axes.plot(half, held[half], "os^D"[place % 4], color=colour, markersize=5.5)
     axes.set(xlim=(0, longest), ylim=(0, 102), xlabel="tokens back from the last one",
              ylabel="share of the last state, %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(color=PALE, linewidth=1.2)
     axes.set_axisbelow(True)
     axes.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=3)
@@ -225,12 +226,18 @@ def state_frames(image: ArrayLike, grid: tuple[int, int], states: Sequence[Array
                 picture.shape[::-1], Image.Resampling.NEAREST))
             shown.set_data(np.maximum(picture, 60) * light)
             heat.set_data(state[last, channels].T)
-            size = np.where(np.arange(tokens) % length == 0, np.nan, size) if length < tokens else size
-            line.set_data(np.arange(last + 1) + 1, size[:last + 1])
+            line.set_data(*_broken(size[:last + 1], length))
         counter.set_text(f"token {last + 1} of {tokens}")
         figure.canvas.draw()
         frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()))
     return frames
+
+
+def _broken(values: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """x = 1, 2, ... and y of a line through all `values` that breaks after each `length` of them."""
+    breaks = np.arange(length, len(values), length)
+    return tuple(np.insert(np.asarray(part, np.float64), breaks, np.nan)
+                 for part in (np.arange(1, len(values) + 1), values))
 
 
 def save_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int = 120) -> None:

@@ -141,6 +141,19 @@ def test_pictures_and_maps_keep_the_shape_of_the_images(height, width, seed):
     assert not any(a.overlaps(b) for number, a in enumerate(tiles) for b in tiles[:number])
 
 
+def test_the_line_of_each_row_begins_with_its_first_token():
+    x, y = scan_figures._broken(np.array([5, 6, 7, 8, 9]), 2)
+    np.testing.assert_array_equal(x, [1, 2, np.nan, 3, 4, np.nan, 5])
+    np.testing.assert_array_equal(y, [5, 6, np.nan, 7, 8, np.nan, 9])
+    assert scan_figures._broken(np.array([5, 6]), 2)[1].tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 49])
+def test_tokens_are_counted_in_whole_numbers(tokens):
+    axes = scan_figures.memory_reach([np.full((2, tokens), 1 / tokens)], ["block 1 →"]).axes[0]
+    assert all(tick == round(tick) for tick in axes.get_xticks())
+
+
 def test_many_blocks_and_long_sequences_are_thinned_out(seed):
     images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
     scans = explain.record(model(num_blocks=13, patch_size=2), images.float())
