@@ -108,6 +108,7 @@ class RunLog:
         """Whether this epoch gets pictures: see `Ration`. They can take longer than an epoch on a GPU."""
         return self.drawing.due(last)
 
+    @figures.styled  # TensorBoard draws them once more
     def test(self, step: int, split: data.Split, probabilities: Tensor, classes: tuple[str, ...],
              draw: bool) -> None:
         """Per-class accuracy and, to `draw`, the confusion matrix and the worst mistakes; probabilities

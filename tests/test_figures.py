@@ -285,6 +285,23 @@ def test_long_names_leave_room_for_charts_and_tables(classes, examples, recwarn)
     assert not recwarn.list, "such as of axes that collapsed"
 
 
+def test_names_in_any_script_are_drawn_without_a_warning(examples, tmp_path, recwarn, caplog):
+    images, labels = examples
+    classes = ("猫", "狗", "고양이", "鳥", "ねこ", "कमल", "بيت", "\U000f0000", "🐈", "b")
+    probabilities = guesses(labels, 7)
+    for figure in (figures.confusion(labels, probabilities.argmax(axis=1), classes),
+                   figures.bars(images[0], probabilities[0], classes, "猫.png"),
+                   figures.mistakes(images, labels, probabilities, classes)):
+        figures.save(figure, tmp_path / "a.png")
+    assert not recwarn.list and not caplog.records
+
+
+def test_a_font_that_is_there_stands_in_for_dejavus_missing_glyphs(monkeypatch):
+    monkeypatch.setattr(figures, "FALLBACKS", ("Nowhere Sans", "STIXGen", "DejaVu Ser"))
+    assert figures.fonts() == ["DejaVu Sans", "STIXGeneral", "DejaVu Serif"]
+    assert figures.STYLE["font.family"][0] == "DejaVu Sans"
+
+
 def test_a_name_is_shortened_in_its_middle():
     assert figures._short("automobile") == "automobile"
     assert figures._short("class_of_things_017") == "class…017"
