@@ -125,7 +125,7 @@ class Answers:
         return (f'<div class="answer"><div class="prediction"><b id="prediction">{classes[best]}</b>'
                 f'<span>{100 * row[best]:.1f}% {verdict}</span></div><div class="bars">{bars}</div></div>'
                 f'<div class="maps">{figures}</div><p class="note" id="took">answered in {took:.0f} ms. '
-                'Δ: how much each token writes into the state; light is much.</p>')
+                'Δ: how much each token writes into the state; light is more than elsewhere.</p>')
 
     def _run(self, image: Tensor) -> tuple[Tensor, list[explain.Scan]]:
         """Logits and scans of one forward pass; no scans of a model without any."""
