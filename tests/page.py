@@ -83,6 +83,24 @@ class Page:
             pen.move_to_element_with_offset(pad, *place)
         pen.release().perform()
 
+    def point(self, *events: tuple[str, float, float, dict]) -> None:
+        """Pointer events as no mouse alone gives them: (type, x and y in fractions of the canvas, more)."""
+        self.driver.execute_script("""
+            const canvas = document.getElementById('canvas'), box = canvas.getBoundingClientRect();
+            canvas.setPointerCapture = () => {};  // it refuses pointers that are not there
+            for (const [type, x, y, more] of arguments[0])
+                canvas.dispatchEvent(new PointerEvent(type, {bubbles: true, cancelable: true, ...more,
+                    clientX: box.left + x * box.width, clientY: box.top + y * box.height}));
+            """, events)
+
+    def has_ink(self, x: float, y: float) -> bool:
+        """Whether the canvas is white there."""
+        return self.driver.execute_script("""
+            const canvas = document.getElementById('canvas');
+            const [red] = canvas.getContext('2d').getImageData(
+                arguments[0] * canvas.width, arguments[1] * canvas.height, 1, 1).data;
+            return red > 127""", x, y)
+
     def drop(self, name: str, content: bytes) -> None:
         """Drop a file on the canvas."""
         self.driver.execute_script("""

@@ -213,6 +213,26 @@ def test_the_page_in_chromium(tiny, tmp_path):
 
 
 @needs_browser
+def test_one_pointer_draws(tiny, tmp_path):
+    page = Page(tiny.path, tmp_path, tmp_path)
+    try:
+        right = {"pointerId": 1, "button": 2, "buttons": 2}
+        page.point(("pointerdown", 0.5, 0.5, right), ("pointermove", 0.5, 0.8, right),
+                   ("pointerup", 0.5, 0.8, right))
+        assert not page.has_ink(0.5, 0.5)
+        finger, palm = {"pointerId": 2}, {"pointerId": 3}
+        page.point(("pointerdown", 0.2, 0.2, finger), ("pointerdown", 0.8, 0.2, palm),
+                   ("pointermove", 0.2, 0.5, finger), ("pointermove", 0.8, 0.5, palm),
+                   ("pointerup", 0.8, 0.5, palm), ("pointermove", 0.2, 0.8, finger),
+                   ("pointerup", 0.2, 0.8, finger), ("pointermove", 0.8, 0.8, palm))
+        assert page.has_ink(0.2, 0.35) and page.has_ink(0.2, 0.75)
+        assert not page.has_ink(0.5, 0.5) and not page.has_ink(0.8, 0.5)
+        page.wait(lambda: page.read("prediction"))
+    finally:
+        page.close()
+
+
+@needs_browser
 @pytest.mark.skipif(not SHIPPED.is_file(), reason=f"{SHIPPED.name} is not there")
 def test_handwriting_is_recognised_in_chromium(tmp_path):
     page = Page(SHIPPED, ROOT / "data", tmp_path)

@@ -5,7 +5,8 @@ const file = element.querySelector('#file');
 const context = canvas.getContext('2d');
 const MAX_BYTES = 64 * 1024 * 1024;
 const EVERY = 120; // milliseconds between two looks at an unfinished stroke
-let last = null;
+let pen = null; // the pointer that draws; a second finger or the palm would drag the line to and fro
+let last;
 let timer = null;
 
 function clear() {
@@ -39,17 +40,21 @@ function stroke(event) {
 }
 
 canvas.addEventListener('pointerdown', event => {
+  if (pen !== null || event.button) return;
   canvas.setPointerCapture(event.pointerId);
+  pen = event.pointerId;
   last = place(event);
   stroke(event);
   event.preventDefault();
 });
 canvas.addEventListener('pointermove', event => {
-  if (last) for (const step of event.getCoalescedEvents?.().concat(event) ?? [event]) stroke(step);
+  if (event.pointerId !== pen) return;
+  for (const step of event.getCoalescedEvents?.().concat(event) ?? [event]) stroke(step);
 });
-for (const end of ['pointerup', 'pointercancel']) canvas.addEventListener(end, () => {
-  if (last) send();
-  last = null;
+for (const end of ['pointerup', 'pointercancel']) canvas.addEventListener(end, event => {
+  if (event.pointerId !== pen) return;
+  pen = null;
+  send();
 });
 
 element.querySelector('#clear').addEventListener('click', () => { clear(); send(); });
