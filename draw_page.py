@@ -51,7 +51,9 @@ def build(answers: Answers) -> gradio.Blocks:
                     random_button = gradio.Button("Random test digit", elem_id="random", **small)
                     hard_button = gradio.Button("One of the hardest", elem_id="hard", **small)
             with gradio.Column(scale=3, min_width=320):
-                answer = gradio.HTML(message("draw a digit, or drop a picture of one"), elem_id="answer")
+                # Read out when it changes: what is predicted, and not ten bars (serve.py) at every stroke.
+                answer = gradio.HTML(message("draw a digit, or drop a picture of one"), elem_id="answer",
+                                     js_on_load="element.closest('#answer').setAttribute('aria-live', 'polite')")
         # Unqueued: an answer is faster than the queue. Of strokes that come while one is answered, the last.
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         canvas.drawn(draw, None, answer, trigger_mode="always_last", **quick)

@@ -123,9 +123,11 @@ class Answers:
                           for name, url in maps)
         took = 1000 * (time.perf_counter() - started)
         return (f'<div class="answer"><div class="prediction"><b id="prediction">{classes[best]}</b>'
-                f'<span>{100 * row[best]:.1f}% {verdict}</span></div><div class="bars">{bars}</div></div>'
-                f'<div class="maps">{figures}</div><p class="note" id="took">answered in {took:.0f} ms. '
-                'Δ: how much each token writes into the state; light is more than elsewhere.</p>')
+                f'<span>{100 * row[best]:.1f}% {verdict}</span></div>'
+                f'<div class="bars" aria-live="off">{bars}</div></div>'
+                f'<div class="maps" aria-live="off">{figures}</div>'
+                f'<p class="note" id="took" aria-live="off">answered in {took:.0f} ms. Δ: how much each token '
+                'writes into the state; light is much.</p>')
 
     def _run(self, image: Tensor) -> tuple[Tensor, list[explain.Scan]]:
         """Logits and scans of one forward pass; no scans of a model without any."""

@@ -213,9 +213,16 @@ def test_the_page_in_chromium(tiny, tmp_path):
 
 
 @needs_browser
-def test_one_pointer_draws(tiny, tmp_path):
+def test_fingers_keys_and_screen_readers(tiny, tmp_path):
     page = Page(tiny.path, tmp_path, tmp_path)
     try:
+        focused, ring, live = page.driver.execute_script("""
+            const file = document.getElementById('file');
+            file.focus();
+            return [document.activeElement === file, getComputedStyle(file.parentElement).outlineStyle,
+                    document.getElementById('answer').getAttribute('aria-live')]""")
+        assert focused and ring == "solid", "keys reach it, and one sees that"
+        assert live == "polite"
         right = {"pointerId": 1, "button": 2, "buttons": 2}
         page.point(("pointerdown", 0.5, 0.5, right), ("pointermove", 0.5, 0.8, right),
                    ("pointerup", 0.5, 0.8, right))
