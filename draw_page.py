@@ -38,22 +38,23 @@ def build(answers: Answers) -> gradio.Blocks:
         answer, image = answers.hard_digit()
         return answer, canvas_value(image)
 
-    trained = answers.trained
-    with gradio.Blocks(title="Vision Mamba: draw a digit", analytics_enabled=False) as page:
-        gradio.HTML(f"<h1>Draw a digit</h1><p class='note'>{html.escape(trained.run_name)}, trained on "
+    trained, thing = answers.trained, answers.thing
+    with gradio.Blocks(title=f"Vision Mamba: draw a {thing}", analytics_enabled=False) as page:
+        gradio.HTML(f"<h1>Draw a {thing}</h1><p class='note'>{html.escape(trained.run_name)}, trained on "
                     f"{html.escape(trained.dataset_name)}</p>")
         with gradio.Row():
             with gradio.Column(scale=2, min_width=320):
-                canvas = gradio.HTML("", html_template=(WEB / "canvas.html").read_text(encoding="utf-8"),
+                canvas = gradio.HTML("", thing=thing,
+                                     html_template=(WEB / "canvas.html").read_text(encoding="utf-8"),
                                      js_on_load=(WEB / "canvas.js").read_text(encoding="utf-8"))
                 with gradio.Row():
                     small = {"size": "sm", "min_width": 120}
-                    random_button = gradio.Button("Random test digit", elem_id="random", **small)
+                    random_button = gradio.Button(f"Random test {thing}", elem_id="random", **small)
                     hard_button = gradio.Button("One of the hardest", elem_id="hard", **small)
             with gradio.Column(scale=3, min_width=320):
                 # Read out when it changes: what is predicted, and not ten bars (serve.py) at every stroke.
-                answer = gradio.HTML(message("draw a digit, or drop a picture of one"), elem_id="answer",
-                                     js_on_load="element.closest('#answer').setAttribute('aria-live', 'polite')")
+                read_out = "element.closest('#answer').setAttribute('aria-live', 'polite')"
+                answer = gradio.HTML(answers.invitation(), elem_id="answer", js_on_load=read_out)
         # Unqueued: an answer is faster than the queue. Of strokes that come while one is answered, the last.
         quick = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         canvas.drawn(draw, None, answer, trigger_mode="always_last", **quick)

@@ -35,6 +35,7 @@ from trained import TrainedModel
 ADDRESS = "127.0.0.1"
 HEAT = matplotlib.colormaps["magma"]
 MOST_MAPS = 8
+DRAWN = {"kmnist": "character", "emnist": "character", "fashion-mnist": "garment"}  # others: a digit
 HARDEST, SEARCHED = 24, 2000  # the button goes through that many, out of so many test images
 
 
@@ -43,6 +44,7 @@ class Answers:
 
     def __init__(self, trained: TrainedModel) -> None:
         self.trained = trained
+        self.thing = DRAWN.get(trained.dataset_name, "digit")
         self.lock = threading.Lock()  # hooks and Numba's threads serve one call at a time
         self.random = np.random.default_rng()
         self.hardest: list[int] | None = None  # of the test images, found when first asked for
@@ -63,11 +65,14 @@ class Answers:
         except Exception:  # whatever else than the page sent this
             return message("the drawing did not arrive as a PNG; draw it again")
         if grey.max() == 0:
-            return message("draw a digit, or drop a picture of one")
+            return self.invitation()
         try:
             return self.show(self.trained.drawing(grey, "the canvas"), None, started)
         except UserError as error:
             return message(str(error))
+
+    def invitation(self) -> str:
+        return message(f"draw a {self.thing}, or drop a picture of one")
 
     def file(self, path: Path, name: str) -> tuple[str, Tensor | None]:
         """Of a picture file, and the image that the model saw."""
@@ -122,12 +127,13 @@ class Answers:
         figures = "".join(f'<figure><img src="{url}" alt=""><figcaption>{name}</figcaption></figure>'
                           for name, url in maps)
         took = 1000 * (time.perf_counter() - started)
-        return (f'<div class="answer"><div class="prediction"><b id="prediction">{classes[best]}</b>'
-                f'<span>{100 * row[best]:.1f}% {verdict}</span></div>'
+        letters = max(map(len, self.trained.classes))
+        return (f'<div class="answer" style="--letters:{letters}"><div class="prediction">'
+                f'<b id="prediction">{classes[best]}</b><span>{100 * row[best]:.1f}% {verdict}</span></div>'
                 f'<div class="bars" aria-live="off">{bars}</div></div>'
                 f'<div class="maps" aria-live="off">{figures}</div>'
-                f'<p class="note" id="took" aria-live="off">answered in {took:.0f} ms. Δ: how much each token '
-                'writes into the state; light is much.</p>')
+                f'<p class="note" id="took" aria-live="off">answered in {took:.0f} ms. Δ: how much each '
+                'token writes into the state; light is much.</p>')
 
     def _run(self, image: Tensor) -> tuple[Tensor, list[explain.Scan]]:
         """Logits and scans of one forward pass; no scans of a model without any."""

@@ -31,12 +31,16 @@ needs_browser = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.
 
 @pytest.fixture
 def tiny(tmp_path) -> TrainedModel:
-    """A small untrained model for scikit-learn's digits, saved in checkpoints/tiny.pt."""
-    entry = data.DATASETS["digits"]
+    return untrained(tmp_path, "digits")
+
+
+def untrained(tmp_path: Path, dataset: str) -> TrainedModel:
+    """A small model for a dataset, as scikit-learn's digits are, saved in checkpoints/tiny.pt."""
+    entry = data.DATASETS[dataset]
     path = tmp_path / "checkpoints" / "tiny.pt"
     checkpoint.save(path, {
         "architecture": "mamba", "config": CONFIG, "model": VisionMamba2(**CONFIG).state_dict(),
-        "dataset": {"name": "digits", "classes": list(entry.classes), "mean": list(entry.mean),
+        "dataset": {"name": dataset, "classes": list(entry.classes), "mean": list(entry.mean),
                     "std": list(entry.std)},
         "epoch": 0, "metrics": {}, "settings": {"run_name": "tiny"}})
     return TrainedModel(path, torch.device("cpu"), tmp_path, tmp_path)
@@ -213,9 +217,10 @@ def test_the_page_in_chromium(tiny, tmp_path):
 
 
 @needs_browser
-def test_fingers_keys_and_screen_readers(tiny, tmp_path):
-    page = Page(tiny.path, tmp_path, tmp_path)
+def test_fingers_keys_screen_readers_and_long_names(tmp_path):
+    page = Page(untrained(tmp_path, "fashion-mnist").path, tmp_path, tmp_path)
     try:
+        assert "Draw a garment" in page.driver.execute_script("return document.body.innerText")
         focused, ring, live = page.driver.execute_script("""
             const file = document.getElementById('file');
             file.focus();
@@ -235,6 +240,11 @@ def test_fingers_keys_and_screen_readers(tiny, tmp_path):
         assert page.has_ink(0.2, 0.35) and page.has_ink(0.2, 0.75)
         assert not page.has_ink(0.5, 0.5) and not page.has_ink(0.8, 0.5)
         page.wait(lambda: page.read("prediction"))
+        lefts, wide = page.driver.execute_script("""
+            const big = document.getElementById('prediction'), bars = document.querySelectorAll('.bar i');
+            big.textContent = 'ankle boot';  // the longest
+            return [[...bars].map(bar => bar.getBoundingClientRect().left), big.scrollWidth]""")
+        assert len(set(lefts)) == 1 and wide <= 150, "bars begin at one place, and no name lies on them"
     finally:
         page.close()
 
