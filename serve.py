@@ -122,8 +122,10 @@ class Answers:
             f'<i><u style="width:{100 * value:.1f}%"></u></i><span>{100 * value:.1f}%</span></div>'
             for place, (name, value) in enumerate(zip(classes, row, strict=True)))
         maps = [("what it sees", picture_url(image[0].permute(1, 2, 0).squeeze(-1).numpy()))]
-        maps += [(f"Δ, {scan.name}", picture_url(heat(scan.delta_map()[0].numpy())))
-                 for scan in scans[:MOST_MAPS]]
+        for scan in scans[:MOST_MAPS]:
+            values = scan.delta_map()[0].numpy()  # each has colours of its own, so the range must be told
+            maps.append((f"Δ, {scan.name}<br>{values.min():#.3g}–{values.max():#.3g}",
+                         picture_url(heat(values))))
         figures = "".join(f'<figure><img src="{url}" alt=""><figcaption>{name}</figcaption></figure>'
                           for name, url in maps)
         took = 1000 * (time.perf_counter() - started)
@@ -133,7 +135,7 @@ class Answers:
                 f'<div class="bars" aria-live="off">{bars}</div></div>'
                 f'<div class="maps" aria-live="off">{figures}</div>'
                 f'<p class="note" id="took" aria-live="off">answered in {took:.0f} ms. Δ: how much each '
-                'token writes into the state; light is much.</p>')
+                'token writes into the state; light: more than other tokens.</p>')
 
     def _run(self, image: Tensor) -> tuple[Tensor, list[explain.Scan]]:
         """Logits and scans of one forward pass; no scans of a model without any."""

@@ -71,6 +71,8 @@ def test_a_drawing_is_answered_with_probabilities_and_maps(tiny, seed):
     assert prediction(answer) in set("0123456789")
     assert answer.count('class="bar') - answer.count('class="bars') == 10
     assert answer.count("<img") == 3 and "block 1 →" in answer and "block 2 ↓" in answer
+    ranges = re.findall(r"block \d .<br>([\d.e-]+)–([\d.e-]+)</fig", answer)
+    assert len(ranges) == 2 and all(0 < float(low) < float(high) for low, high in ranges)
     shown = [float(value) for value in re.findall(r"<span>([\d.]+)%</span></div>", answer)]
     assert sum(shown) == pytest.approx(100, abs=1)
 
