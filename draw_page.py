@@ -6,25 +6,49 @@ Needs Gradio, which is optional; import this module where it is used.
 import html
 from pathlib import Path
 
+import fastapi
 import gradio
 
 from serve import Answers, canvas_value, message
 
 WEB = Path(__file__).parent / "web"
+EVENT = {"picture", "file", "name"}  # what canvas.js says of a drawing, or of a file
 
 
-def looks() -> dict:
-    """Theme and style, for `launch`; the system's fonts, because Gradio's own come from the internet."""
+def options() -> dict:
+    """For `launch`; the system's fonts, because Gradio's own come from the internet."""
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    return {"theme": theme, "css": (WEB / "page.css").read_text(encoding="utf-8")}
+    return {"theme": theme, "css": (WEB / "page.css").read_text(encoding="utf-8"),
+            "app_kwargs": {"dependencies": [fastapi.Depends(refuse)]}}
+
+
+async def refuse(request: fastapi.Request) -> None:
+    """Answer 422 to a call that the page does not make, where Gradio would fail and print a traceback.
+
+    A `path` in an event is such, as Gradio looks for it before we see it; the page calls a file's `file`.
+    """
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        return
+    try:
+        body = await request.json()
+    except ValueError:
+        return  # Gradio says so itself
+    if not isinstance(body, dict) or "data" not in body:
+        return
+    event = body.get("event_data") or {}
+    texts = event.values() if isinstance(event, dict) and event.keys() <= EVENT else [None]
+    if body.get("fn_index") not in list(request.app.get_blocks().fns) or not all(
+            isinstance(text, str) and "\0" not in text for text in texts):
+        raise fastapi.HTTPException(422, "the page does not ask like this")
 
 
 def build(answers: Answers) -> gradio.Blocks:
     def draw(event: gradio.EventData) -> str:
-        return answers.drawing(str(event._data.get("picture", "")))
+        return answers.drawing((event._data or {}).get("picture", ""))
 
     def drop(event: gradio.EventData) -> tuple:
-        name, path = str(event._data.get("name", "the file")), Path(str(event._data.get("path", "")))
+        told = event._data or {}
+        name, path = told.get("name", "the file"), Path(told.get("file", ""))
         if not path.resolve().is_relative_to(Path(gradio.utils.get_upload_folder()).resolve()):
             return message(f"{name} could not be taken; use a picture below 64 MB"), gradio.skip()
         answer, image = answers.file(path, name)

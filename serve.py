@@ -15,6 +15,7 @@ import importlib.util
 import io
 import os
 import socket
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -192,15 +193,19 @@ def serve(trained: TrainedModel, port: int, browser: bool) -> None:
     os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), ADDRESS, "localhost"]))
     import draw_page  # here, because Gradio is optional and takes seconds
     page = draw_page.build(Answers(trained))
-    page.launch(server_name=ADDRESS, server_port=port, prevent_thread_lock=True, quiet=True, share=False,
-                inbrowser=browser, max_file_size="64mb", footer_links=[], ssr_mode=False, **draw_page.looks())
-    print(f"draw on http://{ADDRESS}:{port} (Ctrl-C ends it)", flush=True)
-    try:
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print("stopped")
-    finally:
-        page.close(verbose=False)
+    # Gradio's own folder would keep what is dropped, where every user of the machine can read it.
+    with tempfile.TemporaryDirectory(prefix="draw-", ignore_cleanup_errors=True) as dropped:
+        os.environ["GRADIO_TEMP_DIR"] = dropped
+        page.launch(server_name=ADDRESS, server_port=port, prevent_thread_lock=True, quiet=True, share=False,
+                    inbrowser=browser, max_file_size="64mb", footer_links=[], ssr_mode=False,
+                    **draw_page.options())
+        print(f"draw on http://{ADDRESS}:{port} (Ctrl-C ends it)", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("stopped")
+        finally:
+            page.close(verbose=False)
 
 
 def check_port(port: int) -> None:

@@ -1,15 +1,18 @@
-"""The page of `demo_mamba.py --serve` in a real browser, Debian's chromium, driven by selenium."""
+"""`demo_mamba.py --serve`: the server, and its page in a real browser, Debian's chromium, by selenium."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -25,12 +28,12 @@ STROKES = {  # in fractions of the canvas
 }
 
 
-class Page:
-    """The page served by `demo_mamba.py --serve`, open in Chromium with no way to the internet."""
+class Server:
+    """`demo_mamba.py --serve`, whose temporary files are in `folder`/temporary."""
 
     def __init__(self, model: Path, data_dir: Path, folder: Path):
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
+        self.temporary = folder / "temporary"
+        self.temporary.mkdir()
         while True:  # another program may take the port between our look and the server's
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -39,13 +42,41 @@ class Page:
                 [sys.executable, ROOT / "demo_mamba.py", "--serve", "--no-show", "--device", "cpu",
                  "--port", str(port), "--checkpoint", model, "--data-dir", data_dir,
                  "--runs-dir", folder / "runs"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env={**os.environ, "TMPDIR": str(self.temporary), "TMP": str(self.temporary)},
                 # A shell makes what it starts in the background deaf to Ctrl-C, and we may be in there.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
             self.printed = self.server.stdout.readline()
             if "cannot be used" not in self.printed:
                 break
             self.server.communicate()
-        assert f"http://127.0.0.1:{port}" in self.printed
+        self.url = f"http://127.0.0.1:{port}"
+        assert self.url in self.printed
+
+    def post(self, path: str, body: bytes, kind: str = "application/json") -> tuple[int, str]:
+        """Status and text of what is answered to a program that is not the page."""
+        request = urllib.request.Request(f"{self.url}/gradio_api/{path}", body, {"content-type": kind})
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def close(self) -> str:
+        """What the server printed after a Ctrl-C."""
+        self.server.send_signal(signal.SIGINT)
+        printed, _ = self.server.communicate(timeout=120)
+        assert self.server.returncode == 0
+        return printed
+
+
+class Page(Server):
+    """The page open in Chromium with no way to the internet."""
+
+    def __init__(self, model: Path, data_dir: Path, folder: Path):
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+        super().__init__(model, data_dir, folder)
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
@@ -54,7 +85,7 @@ class Page:
             options.add_argument(flag)
         options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
         self.driver = webdriver.Chrome(options, Service(DRIVER))
-        self.driver.get(f"http://127.0.0.1:{port}")
+        self.driver.get(self.url)
         self.wait(lambda: self.driver.find_elements("id", "canvas"))
 
     def wait(self, condition, seconds: float = 120):
@@ -123,9 +154,5 @@ class Page:
         return [url for url in urls if not url.startswith(("http://127.0.0.1:", "data:", "blob:", "chrome"))]
 
     def close(self) -> str:
-        """What the server printed after a Ctrl-C."""
         self.driver.quit()
-        self.server.send_signal(signal.SIGINT)
-        printed, _ = self.server.communicate(timeout=120)
-        assert self.server.returncode == 0
-        return printed
+        return super().close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import socket
 import threading
@@ -20,7 +21,7 @@ import data
 import serve
 from errors import UserError
 from mamba_ssm_simple import VisionMamba2
-from tests.page import MISSING, STROKES, Page
+from tests.page import MISSING, STROKES, Page, Server
 from trained import TrainedModel
 
 ROOT = Path(__file__).parent.parent
@@ -177,6 +178,38 @@ def test_a_port_in_use_a_missing_package_and_a_colour_model_are_one_line(tiny, m
     tiny.shape = (3, 8, 8)
     with pytest.raises(UserError, match="colour"):
         serve.serve(tiny, port, browser=False)
+
+
+# ---- The server
+
+
+@pytest.mark.skipif("gradio" in MISSING, reason="not installed: gradio")
+def test_calls_that_the_page_does_not_make_print_nothing_and_dropped_files_go(tiny, tmp_path):
+    server = Server(tiny.path, tmp_path, tmp_path)
+    try:
+        def ask(number, event) -> tuple[int, str]:
+            return server.post("run/predict", json.dumps({
+                "data": [], "fn_index": number, "event_data": event, "session_hash": "a"}).encode())
+
+        for event in ([1], "x", 5, {"picture": None}, {"file": "a\0b"}, {"path": "a\0b"},
+                      {"path": "/etc/passwd"}):
+            assert ask(0, event)[0] == 422 and ask(1, event)[0] == 422, event
+        for number in (99, None, [1], "a"):
+            assert ask(number, {})[0] == 422, number
+        assert server.post("run/predict", b"")[0] == 422 and server.post("run/predict", b"{no")[0] == 422
+        assert "did not arrive" in ask(0, None)[1] and "could not be taken" in ask(1, None)[1]
+        assert "prediction" in ask(0, {"picture": canvas(STROKES["7"])})[1]
+        assert "could not be taken" in ask(1, {"file": str(tiny.path), "name": "tiny.pt"})[1]
+        image = base64.b64decode(canvas(STROKES["1"]).split(",")[1])
+        form = (b"--X\r\ncontent-disposition: form-data; name=files; filename=one.png\r\n\r\n" + image
+                + b"\r\n--X--\r\n")
+        place = Path(json.loads(server.post("upload", form, "multipart/form-data; boundary=X")[1])[0])
+        assert place.is_relative_to(server.temporary) and place.read_bytes() == image
+        assert "prediction" in ask(1, {"file": str(place), "name": "one.png"})[1]
+    finally:
+        printed = server.close()
+    assert printed.strip() == "stopped"
+    assert not list(server.temporary.rglob("*.png"))
 
 
 # ---- In a browser

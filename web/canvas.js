@@ -61,12 +61,12 @@ element.querySelector('#clear').addEventListener('click', () => { clear(); send(
 
 async function take(chosen) {
   if (!chosen) return;
-  if (chosen.size > MAX_BYTES) return trigger('dropped', {path: '', name: chosen.name});
+  if (chosen.size > MAX_BYTES) return trigger('dropped', {file: '', name: chosen.name});
   try {
     const {path} = await upload(chosen);
-    trigger('dropped', {path, name: chosen.name});
+    trigger('dropped', {file: path, name: chosen.name});
   } catch (error) {
-    trigger('dropped', {path: '', name: chosen.name});
+    trigger('dropped', {file: '', name: chosen.name});
   }
 }
 file.addEventListener('change', () => { take(file.files[0]); file.value = ''; });
