@@ -49,9 +49,14 @@ def open_picture(path: Path, least: tuple[int, int] | None = None) -> Image.Imag
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Pillow itself would cut off at 255. Stretched are only numbers of no known range: paper stays paper."""
+    if image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.uint16)
+        scale = 257 if values.max() > 4095 else 16 if values.max() > 255 else 1  # of 16, 12 or 8 bits
+        return Image.fromarray(np.uint8(values // scale))
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.nan_to_num(np.asarray(image, np.float32))  # Pillow would cut them off at 255
+    values = np.nan_to_num(np.asarray(image, np.float32))
     low, high = values.min(), values.max()
     return Image.fromarray(np.uint8(255 * (values - low) / max(high - low, 1e-6)))
 

@@ -73,8 +73,16 @@ def test_a_picture_of_any_mode_becomes_colour_of_the_size_asked_for(mode, tmp_pa
     picture((250, 250, 250), (30, 50), mode).save(tmp_path / f"a.{ending}")
     got = read_rgb(tmp_path / f"a.{ending}", (12, 18))
     assert got.shape == (3, 12, 18) and got.dtype == np.uint8
-    if mode != "I;16":  # stretched from its darkest to its lightest
-        assert got.mean() > 235
+    assert got.mean() > 235
+
+
+@pytest.mark.parametrize("scale", [257, 16, 1])
+def test_a_picture_of_more_bits_keeps_its_contrast(scale, tmp_path):
+    """Of 16 or 12 bits, or of 8 in a file for 16: blank paper must not become one of black and white."""
+    grey = np.random.default_rng(0).integers(150, 155, (9, 9)).astype(np.uint16)
+    grey[0, 0] = 254
+    Image.fromarray(grey * np.uint16(scale)).save(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(open_picture(tmp_path / "a.png")), grey)
 
 
 @pytest.mark.parametrize("ending", sorted(ENDINGS))
