@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from errors import UserError
-from picture_file import open_picture
+from picture_file import open_picture, to_rgb
 
 MIN_CONTRAST = 24  # of 255; less is paper without ink
 
@@ -38,10 +38,7 @@ def prepare_grey(grey: np.ndarray, size: int, name: str) -> Tensor:
 
     Raises UserError, about `name`, where there is no ink.
     """
-    edge = max(1, min(grey.shape) // 32)
-    border = (grey[:edge], grey[-edge:], grey[:, :edge], grey[:, -edge:])
-    background = float(np.median(np.concatenate([strip.ravel() for strip in border])))
-    contrast = max(grey.max() - background, grey.min() - background, key=abs)
+    background, contrast = _paper_and_ink(grey)
     if abs(contrast) < MIN_CONTRAST:
         raise UserError(f"{name} shows no digit: it is one even shade; use a picture with dark and light")
     ink = ((grey - background) / contrast - 0.1).clip(0, 0.8) / 0.8
@@ -65,14 +62,30 @@ def prepare_grey(grey: np.ndarray, size: int, name: str) -> Tensor:
     return torch.from_numpy(picture)
 
 
+def _paper_and_ink(grey: np.ndarray) -> tuple[float, float]:
+    """The shade of the background, and how much lighter (above 0) or darker the ink is."""
+    edge = max(1, min(grey.shape) // 32)
+    border = (grey[:edge], grey[-edge:], grey[:, :edge], grey[:, -edge:])
+    background = float(np.median(np.concatenate([strip.ravel() for strip in border])))
+    return background, max(grey.max() - background, grey.min() - background, key=abs)
+
+
 def read_grey(path: Path) -> np.ndarray:
     """A picture file as (H, W) float32, 0 to 255, at most 1024 pixels a side.
 
-    It is turned upright (EXIF), and transparent parts are laid on a background. Raises UserError.
+    It is turned upright (EXIF), and transparent parts are laid on a background. Where ink and paper are as
+    bright as each other, it is red, green or blue alone, whichever tells them apart best. Raises UserError.
     """
-    grey = _to_grey(open_picture(path))
-    grey.thumbnail((1024, 1024))
-    return np.asarray(grey, np.float32)
+    image = open_picture(path)
+    grey = _small(_to_grey(image))
+    if abs(_paper_and_ink(grey)[1]) < MIN_CONTRAST:
+        grey = max(map(_small, to_rgb(image).split()), key=lambda channel: abs(_paper_and_ink(channel)[1]))
+    return grey
+
+
+def _small(image: Image.Image) -> np.ndarray:
+    image.thumbnail((1024, 1024))
+    return np.asarray(image, np.float32)
 
 
 def _to_grey(image: Image.Image) -> Image.Image:

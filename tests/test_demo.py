@@ -97,6 +97,7 @@ def with_clear_corner() -> Image.Image:
     pytest.param(seven(paper=130, ink=40), id="dark on grey"),
     pytest.param(seven(paper=120, ink=220), id="light on grey"),
     pytest.param(seven("RGB", paper=(250, 240, 200), ink=(20, 30, 160)), id="colour"),
+    pytest.param(seven("RGB", paper=(0, 170, 0), ink=(220, 30, 30)), id="red on green as bright"),
     pytest.param(seven("RGBA", paper=(0, 0, 0, 0), ink=(0, 0, 0, 255)), id="black on nothing"),
     pytest.param(seven("RGBA", paper=(0, 0, 0, 0), ink=(255, 255, 255, 255)), id="white on nothing"),
     pytest.param(with_clear_corner(), id="clear corner"),
