@@ -4,7 +4,7 @@
     python demo_mamba.py --report                         the same in one HTML file
     python demo_mamba.py --explain                        what the scan selects and remembers
     python demo_mamba.py --serve                          a page to draw digits on
-    python demo_mamba.py --image four.png photo.jpg       your own pictures
+    python demo_mamba.py --image four.png photos/         your own pictures
     python demo_mamba.py --interactive                    ask it, one image at a time
     python demo_mamba.py --compare a b                    two runs or more side by side
     python demo_mamba.py --export model.onnx              for ONNX Runtime
@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.metrics import precision_recall_fscore_support
+from torch import Tensor
 
 import checkpoint
 import comparison
@@ -39,6 +40,7 @@ import report
 import robustness
 import scan_figures
 import serve
+from folder import pictures_below
 from prompt import converse
 from trained import TrainedModel
 
@@ -59,9 +61,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
                         help="auto is CUDA where there is one, else the CPU")
     parser.add_argument("--image", type=Path, nargs="+", metavar="FILE", default=argparse.SUPPRESS,
-                        help="classify your own pictures, of any size, grey or colour; for MNIST and its "
-                             "like one digit on a plain background, dark on light or light on dark "
-                             "(default: none)")
+                        help="classify your own pictures, or those in a folder, of any size, grey or colour; "
+                             "for MNIST and its like one digit on a plain background, dark on light or light "
+                             "on dark (default: none)")
     parser.add_argument("--image-size", type=image_size, metavar="PIXELS", default=argparse.SUPPRESS,
                         help="side that images are brought to, or HEIGHTxWIDTH (default: as it was trained)")
     parser.add_argument("--interactive", action="store_true",
@@ -112,12 +114,13 @@ def main() -> None:
     if arguments.explain and not explain.has_scan(demo.model):
         raise UserError(f"--explain needs a mamba model, but {path} holds a {demo.architecture}; "
                         "choose another by --checkpoint")
+    pictures, images, wrong = read_pictures(demo, getattr(arguments, "image", []))
 
     written = []
     if "export" in arguments:
         print("\n".join(export.export(demo, arguments.export)))
-    if "image" in arguments:
-        written += classify_pictures(demo, arguments.image)
+    if pictures:
+        written += classify_pictures(demo, pictures, images)
     if arguments.report:
         written += write_report(demo)
     elif arguments.explain:
@@ -130,6 +133,9 @@ def main() -> None:
         converse(demo)
     if arguments.serve:
         serve.serve(demo, arguments.port, browser=not arguments.no_show)
+    if wrong:  # the others are shown, but a shell must not take it for success
+        raise UserError(f"{wrong} of {wrong + len(pictures)} pictures skipped; mend those named above, or "
+                        "leave them out")
 
 
 def compare_runs(arguments: argparse.Namespace, device: torch.device) -> list[Path]:
@@ -300,14 +306,38 @@ REPORT = (
 # ------------------------------------------------------------------------------------------- your pictures
 
 
-def classify_pictures(demo: TrainedModel, paths: list[Path]) -> list[Path]:
+def read_pictures(demo: TrainedModel, named: list[Path]) -> tuple[list[Path], list[Tensor], int]:
+    """The pictures that are named, or in a folder that is, and as what the model knows them.
+
+    Those that cannot be used are told on stderr and counted. Raises UserError where no other is left.
+    """
+    paths, images, wrong = [], [], []
+    for name in named:
+        found = pictures_below(name) if os.path.isdir(name) else [name]
+        if not found:
+            wrong.append(f"there are no pictures in the folder {name}; choose another")
+        for path in found:
+            try:
+                images.append(demo.picture(path))
+                paths.append(path)
+            except UserError as error:
+                wrong.append(str(error))
+    if len(wrong) == 1 and not paths:
+        raise UserError(wrong[0])
+    for line in wrong:
+        print(f"skipped: {' '.join(line.split())}", file=sys.stderr)
+    if wrong and not paths:
+        raise UserError(f"none of the {len(wrong)} pictures can be used; name others")
+    return paths, images, len(wrong)
+
+
+def classify_pictures(demo: TrainedModel, paths: list[Path], images: list[Tensor]) -> list[Path]:
     """Print a line and write a bar chart for each picture; returns the files written."""
-    images = torch.cat([demo.picture(path) for path in paths])
     names = picture_names(paths)
-    rows = demo.probabilities(images)
-    for path, name, image, row in zip(paths, names, images, rows, strict=True):
+    for path, name, image in zip(paths, names, images, strict=True):
+        row = demo.probabilities(image)[0]
         first, second = np.argsort(-row, kind="stable")[:2]
-        figures.save(figures.bars(image, row, demo.classes, path.name), demo.folder / name)
+        figures.save(figures.bars(image[0], row, demo.classes, path.name), demo.folder / name)
         print(f"{printable(path)}: {printable(demo.classes[first])} ({100 * row[first]:.1f}%), "
               f"then {printable(demo.classes[second])} ({100 * row[second]:.1f}%)")
     return list_written(demo.folder, names)
@@ -349,7 +379,7 @@ def show(paths: list[Path]) -> None:
     import matplotlib.pyplot as plt
     if plt.get_backend().lower() == "agg":  # no window toolkit is installed
         return
-    for path in paths:
+    for path in paths[:20]:  # --image may be given a folder of hundreds
         picture = plt.imread(path)
         height, width = picture.shape[:2]
         figure = plt.figure(path.name, figsize=(width / figures.DPI, height / figures.DPI))

@@ -83,9 +83,7 @@ def _classes(folder: Path, root: Path) -> tuple[tuple[str, ...], Pictures]:
     """The classes of `folder`, those with a picture, and their pictures, both sorted by name."""
     classes, pictures = [], []
     for name in _subfolders(folder):
-        found = sorted(Path(where, file).relative_to(root).as_posix()
-                       for where, _, files in os.walk(folder / name) for file in files
-                       if file[0] != "." and os.path.splitext(file)[1].lower() in ENDINGS)
+        found = sorted(path.relative_to(root).as_posix() for path in pictures_below(folder / name))
         if found:
             pictures += [(path, len(classes)) for path in found]
             classes.append(name)
@@ -100,6 +98,12 @@ def _classes(folder: Path, root: Path) -> tuple[tuple[str, ...], Pictures]:
     except UnicodeEncodeError as error:
         raise UserError(f"a folder in {folder} has a name that is no text; rename it") from error
     return tuple(classes), pictures
+
+
+def pictures_below(folder: Path) -> list[Path]:
+    """The files in `folder` and the folders in it whose names end as pictures' do, sorted."""
+    return sorted(Path(where, file) for where, _, files in os.walk(folder) for file in files
+                  if file[0] != "." and os.path.splitext(file)[1].lower() in ENDINGS)
 
 
 # ---- The split --------------------------------------------------------------------------------------------

@@ -41,6 +41,8 @@ def fetch_image(demo: TrainedModel, answer: str) -> tuple[Tensor, int | None]:
     try:
         number = int(answer)
     except ValueError:
+        if len(answer) > 2 and answer[0] == answer[-1] and answer[0] in "'\"":  # as file managers copy a path
+            answer = answer[1:-1]
         return demo.picture(Path(os.path.expanduser(answer))), None
     images, labels = demo.dataset.test
     if not 0 <= number < len(labels):

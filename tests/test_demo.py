@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from demo_mamba import parse_arguments, picture_names
 from errors import UserError
 from mamba_ssm_simple import VisionMamba2
 from pictures import prepare_picture
-from prompt import converse, terminal_bars
+from prompt import converse, fetch_image, terminal_bars
 from trained import TrainedModel
 
 ROOT = Path(__file__).parent.parent
@@ -273,6 +274,31 @@ def test_own_pictures_and_the_prompt(place):
     assert "█" in done.stdout
 
 
+def test_wrong_pictures_are_named_and_the_others_in_a_folder_too_are_classified(place, demo):
+    (place / "mine" / "more").mkdir(parents=True)
+    (place / "empty").mkdir()
+    for name in ("b.png", "more/a.JPG"):
+        saved(seven(), place / "mine" / name)
+    (place / "note.png").write_text("no picture")
+    (place / "mine" / "notes.txt").write_text("no picture, and does not say so")
+    done = demo("--image", "nowhere.png", "mine", "note.png", "empty")
+    assert done.status == 2
+    assert [line.split(": ")[0] for line in done.out.splitlines()[:2]] == [
+        str(Path("mine", "b.png")), str(Path("mine", "more", "a.JPG"))]
+    told = ("skipped: .*nowhere.png", "skipped: note.png cannot be read", "skipped: .*in the folder empty",
+            "error: 3 of 5 pictures skipped; ")
+    assert all(map(re.match, told, done.err.splitlines())) and done.err.count("\n") == len(told)
+    done = demo("--image", "nowhere.png", "note.png")
+    assert (done.status, done.out) == (2, "") and "error: none of the 2 pictures" in done.err
+
+
+def test_a_path_in_quotes_is_that_path(place):
+    model = TrainedModel(place / "checkpoints" / "tiny.pt", torch.device("cpu"), place / "runs", place)
+    path = saved(seven(), place / "my seven.png")
+    for quoted in (f"'{path}'", f'"{path}"'):
+        assert torch.equal(fetch_image(model, quoted)[0], model.picture(path))
+
+
 def test_the_prompt_ends_at_the_end_of_input_alone_and_writes_nothing(place, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO(f"~nobody-of-that-name/a.png\n{'a' * 300}.png\n3\n"))
     converse(TrainedModel(place / "checkpoints" / "tiny.pt", torch.device("cpu"), place / "runs", place))
@@ -293,9 +319,8 @@ def test_help_names_every_flag_and_its_default(monkeypatch, capsys):
 
 
 def test_mistakes_of_the_user_cost_one_line_and_write_nothing(place, refused):
-    saved(seven(), place / "seven.png")
     (place / "note.png").write_text("no picture")
-    assert "note.png cannot be read" in refused("--image", "seven.png", "note.png")
+    assert "note.png cannot be read" in refused("--image", "note.png")
     assert "--port" in refused("--serve", "--port", "70000")
     assert "does not end in .onnx" in refused("--export", "model.pt")
     (place / "checkpoints" / "tiny.pt").write_bytes(b"damaged")

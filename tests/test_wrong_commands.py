@@ -172,7 +172,7 @@ CASES = [  # (script, arguments, what the line says)
     ("demo", "--device mps" if not torch.backends.mps.is_available() else "--device x", "--device"),
     ("demo", "--image", "--image: expected at least one argument"),
     ("demo", "--image nowhere.png", "no picture nowhere.png"),
-    ("demo", "--image empty", "is a folder"),
+    ("demo", "--image empty", "no pictures in the folder empty"),
     ("demo", "--image empty.png", "empty.png cannot be read"),
     ("demo", "--image text.png", "text.png cannot be read"),
     ("demo", "--image cut.png", "cut.png cannot be read"),
