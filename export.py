@@ -1,8 +1,8 @@
 """The trained classifier as an ONNX file, checked against PyTorch before it is kept.
 
 How the selective scan is written in ONNX is in `onnx_scan.py`. The file also holds the normalisation:
-its input is `images`, float32 (batch, C, H, W) in [0, 1], any batch; its output is `logits`, float32
-(batch, classes).
+its input is `images`, float32 (batch, C, H, W) in [0, 1], a batch of 1 or more; its output is `logits`,
+float32 (batch, classes).
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def check(path: Path) -> None:
 
 
 def _convert(classifier: nn.Module, images: Tensor):
-    """The ONNX program of `classifier` for any batch size."""
+    """The ONNX program of `classifier` for any batch size of 1 or more."""
     from onnx_scan import TRANSLATIONS  # here, because onnxscript is optional
     try:
         with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
