@@ -37,8 +37,8 @@ SIDE = 0.86  # inches of a column of small pictures
 def delta_maps(images: ArrayLike, maps: Sequence[ArrayLike], orders: Sequence[ArrayLike],
                lengths: Sequence[int], names: Sequence[str]) -> Figure:
     """The mean Δ of each token beside the digit, one column a scan with its order drawn above it."""
-    subtitle = ("mean Δ of each token: light tokens are taken into the state more than dark ones; above, the\n"
-                "order in which they are read. Each column's scale begins at its smallest Δ, and not at 0.")
+    subtitle = ("mean Δ of each token: light tokens are taken into the state more than dark ones; above,\n"
+                "the order in which they are read. Each column's scale begins at its smallest Δ, not at 0.")
     return _token_maps(images, maps, orders, lengths, names, "Where the scan writes", subtitle, "{:.3g}")
 
 
