@@ -44,18 +44,27 @@ def shift(images: Tensor, pixels: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Corruption:
-    """A way to spoil images, its unit and strengths, of an image of 28 pixels where they are pixels."""
+    """A way to spoil images, its unit and strengths; those in pixels are of images of 28 pixels."""
 
     apply: Callable[[Tensor, float], Tensor]
     unit: str
     strengths: tuple[float, ...]
+    decimals: int | None = None  # that strengths in pixels are rounded to; None: they are in another unit
+
+    def strengths_for(self, images: Tensor) -> tuple[float, ...]:
+        """The strengths for `images` (..., H, W): those in pixels are the same part of their shorter side as
+        of 28 pixels, and fewer where rounding makes some the same."""
+        if self.decimals is None:
+            return self.strengths
+        scale = min(images.shape[-2:]) / 28
+        return tuple(sorted({round(scale * strength, self.decimals) for strength in self.strengths}))
 
 
 CORRUPTIONS = {
     "rotation": Corruption(rotate, "degrees", (0, 15, 30, 45, 60, 90)),
     "noise": Corruption(add_noise, "standard deviation, white = 1", (0, 0.1, 0.2, 0.3, 0.45, 0.6)),
-    "blur": Corruption(blur, "standard deviation, pixels", (0, 0.5, 1, 1.5, 2, 3)),
-    "shift": Corruption(shift, "pixels, right and down", (0, 1, 2, 3, 5, 7)),
+    "blur": Corruption(blur, "standard deviation, pixels", (0, 0.5, 1, 1.5, 2, 3), decimals=2),
+    "shift": Corruption(shift, "pixels, right and down", (0, 1, 2, 3, 5, 7), decimals=0),
 }
 
 
@@ -68,17 +77,18 @@ def measure(model: nn.Module, split: data.Split, dataset: data.Dataset, device: 
     images, labels = (tensor[:most] for tensor in split)
     curves = {}
     for name, corruption in CORRUPTIONS.items():
-        accuracy = []
-        for strength in corruption.strengths:
+        strengths, accuracy = corruption.strengths_for(images), []
+        for strength in strengths:
             spoiled = data.Split(corruption.apply(images, strength), labels)
             probabilities = evaluate.predict(model, spoiled, dataset, device)
             accuracy.append(evaluate.accuracy(probabilities, labels))
-        curves[name] = {"unit": corruption.unit, "strengths": list(corruption.strengths),
+        curves[name] = {"unit": corruption.unit, "strengths": list(strengths),
                         "accuracy": accuracy, "images": len(labels)}
     return curves
 
 
 def examples(images: Tensor) -> dict[str, Tensor]:
     """`images` (1, C, H, W) uint8 at every strength of every corruption: {name: (strengths, C, H, W)}."""
-    return {name: torch.cat([corruption.apply(images, strength) for strength in corruption.strengths])
+    return {name: torch.cat([corruption.apply(images, strength)
+                             for strength in corruption.strengths_for(images)])
             for name, corruption in CORRUPTIONS.items()}
