@@ -508,7 +508,7 @@ def _grid(count: int, columns: int, side: float, text_lines: int,
     columns = max(1, min(columns, count))
     rows = max(1, -(-count // columns))
     step, drop = 1.34 * side, side + 0.17 * text_lines + 0.12
-    width = max(5, columns * step - 0.34 * side + 2 * MARGIN)
+    width = max(6.4, columns * step - 0.34 * side + 2 * MARGIN)  # room for the subtitle
     height = _title_height(subtitle_lines) + rows * drop
     figure = _figure(width, height, layout=None)
     cells = []

@@ -255,6 +255,13 @@ def test_long_names_do_not_run_into_each_other(examples):
         assert not overlaps([text for axes in figure.axes for text in axes.texts]), draw.__name__
 
 
+def test_the_subtitle_of_a_few_pictures_is_not_cut_off(examples):
+    images, labels = examples
+    for draw in (figures.predictions, figures.mistakes, figures.hardest):
+        figure = draw(images[:2], labels[:2], guesses(labels[:2], 1), LONG)
+        assert max(text.get_window_extent().x1 for text in figure.texts) < figure.bbox.width, draw.__name__
+
+
 def overlaps(texts: list[Text]) -> list[tuple[str, str]]:
     """The pairs of level texts that are written over each other."""
     boxes = [(text.get_text(), text.get_window_extent()) for text in texts
