@@ -114,6 +114,12 @@ def quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
+def see_it(path: Path, runs_dir: Path) -> str:
+    """The command that shows a model, and puts what it writes beside its curves."""
+    folder = "" if runs_dir == Path("runs") else f" --runs-dir {quoted(runs_dir)}"
+    return f"see it with: python demo_mamba.py --checkpoint {quoted(path)}{folder}"
+
+
 def check_own(settings: argparse.Namespace, resumed: dict) -> None:
     """Raise UserError where going on from `resumed` would write over the files of another run."""
     folder, _, last = run_paths(settings)
@@ -137,8 +143,8 @@ def main() -> None:
 def run(settings: argparse.Namespace, resumed: dict | None) -> None:
     folder, best, last = run_paths(settings)
     if resumed and resumed["epoch"] >= settings.epochs:
-        distributed.say(f"{settings.run_name} has finished its {settings.epochs} epochs; see it with: python "
-                        f"demo_mamba.py --checkpoint {quoted(best if best.exists() else settings.resume)}")
+        distributed.say(f"{settings.run_name} has finished its {settings.epochs} epochs; "
+                        + see_it(best if best.exists() else settings.resume, settings.runs_dir))
         return
     device = distributed.own_device(evaluate.pick_device(settings.device))
     if settings.batch_size < distributed.size():
@@ -321,7 +327,7 @@ def train(training: Training, about: dict, log: RunLog, stop: StopRequest) -> No
             distributed.say(f"stopped {where}; go on with: python train_mamba.py --resume {quoted(last)}")
             sys.exit(130)
     what = "last epoch" if settings.train_on_all else "best on validation"
-    distributed.say(f"{what}: {best}\nsee it with: python demo_mamba.py --checkpoint {quoted(best)}")
+    distributed.say(f"{what}: {best}\n{see_it(best, settings.runs_dir)}")
 
 
 if __name__ == "__main__":

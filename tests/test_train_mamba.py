@@ -306,7 +306,7 @@ def test_a_resumed_run_ends_as_if_it_had_not_been_stopped(interrupt, line, steps
         file.write('{"epoch": 2, "train_l')  # as a kill may leave it
     command = done.out.splitlines()[-1].partition("train_mamba.py ")[2] if line else "--resume"
     done = train(*shlex.split(command))
-    assert (done.status, done.err) == (0, "")
+    assert (done.status, done.err) == (0, "") and done.out.endswith(" --runs-dir logs\n")
     shutil.move(tmp_path / "logs", tmp_path / "runs")
     assert_same_run(tmp_path, whole)
     assert read_metrics(tmp_path)[1]["images_per_second"] * read_metrics(tmp_path)[1]["seconds"] == \
@@ -483,6 +483,7 @@ def test_a_finished_run_is_not_trained_again(train, whole, monkeypatch):
         done = train(*arguments)
         assert (done.status, done.err) == (0, "")
         assert done.out.startswith("run has finished its 2 epochs; see it with") and done.out.count("\n") == 1
+    assert train("--resume", "--runs-dir", "lo gs").out.endswith(" --runs-dir 'lo gs'\n"), "for the demo, too"
     assert snapshot(whole) == before
 
 
