@@ -72,13 +72,14 @@ STYLE = {
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
+    """While it holds, what is drawn and saved looks as the pictures here."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a name in a script that no font has
         yield
 
 
-styled = _style()  # a decorator: the style holds while the function below it draws
+styled = style()  # a decorator: the style holds while the function below it draws
 
 
 @styled

@@ -108,7 +108,6 @@ class RunLog:
         """Whether this epoch gets pictures: see `Ration`. They can take longer than an epoch on a GPU."""
         return self.drawing.due(last)
 
-    @figures.styled  # TensorBoard draws them once more
     def test(self, step: int, split: data.Split, probabilities: Tensor, classes: tuple[str, ...],
              draw: bool) -> None:
         """Per-class accuracy and, to `draw`, the confusion matrix and the worst mistakes; probabilities
@@ -119,7 +118,7 @@ class RunLog:
             if (labels == index).any():
                 self.writer.add_scalar(f"class_accuracy/{name}", correct[labels == index].mean(), step)
         if draw:
-            with self.drawing.spending():
+            with self.drawing.spending(), figures.style():  # TensorBoard draws them once more
                 confusion = figures.confusion(labels, predictions, classes)
                 mistakes = figures.mistakes(split.images.cpu(), labels, probabilities, classes)
                 self.writer.add_figure("test/confusion", confusion, step)
