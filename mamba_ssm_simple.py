@@ -92,9 +92,9 @@ class StateSpace(nn.Module):
 
 
 def untouched(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling `layer` does what `kind` does with its weights: no hook or adapter is on it."""
+    """Whether calling `layer` does what `kind` does with its weights: no hook of its own, no adapter."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer).forward is kind.forward and not any(hooks)
+    return type(layer).forward is kind.forward and "forward" not in vars(layer) and not any(hooks)
 
 
 class SelectiveScan(StateSpace):
@@ -160,7 +160,8 @@ class SelectiveScan(StateSpace):
         """One token x (b, d) → (b, d), equal to `forward` token by token, in memory that does not grow.
 
         `state` is what the step before returned, or None before the first token: the last w−1 inputs of the
-        convolution (b, w−1, e) and the states h (b, e, n), float32.
+        convolution (b, w−1, e) and the states h (b, e, n), of A's dtype. The convolution's weights are taken
+        as they are, whatever hangs on it.
 
         Raises:
             ValueError: a bidirectional mixer, which needs the tokens to come.
@@ -168,19 +169,19 @@ class SelectiveScan(StateSpace):
         if self.backward_direction is not None:
             raise ValueError("step needs a mixer of one direction; the other would need the tokens to come")
         x, z = self.in_proj(x).chunk(2, dim=-1)                                       # 2 × (b, e)
-        e, n = self.A_log.shape
-        taps = self.conv1d.kernel_size[0]
+        A, taps = self.A, self.conv1d.kernel_size[0]
+        e, n = A.shape
         if state is None:
-            state = x.new_zeros(len(x), taps - 1, e), x.new_zeros(len(x), e, n, dtype=torch.float32)
+            state = x.new_zeros(len(x), taps - 1, e), x.new_zeros(len(x), e, n, dtype=A.dtype)
         window = torch.cat([state[0], x[:, None]], dim=1)                             # (b, w, e)
         x = torch.einsum("bwe,ew->be", window, self.conv1d.weight.squeeze(1))
         if self.conv1d.bias is not None:
             x = x + self.conv1d.bias
         x = F.silu(x)
         delta, B, C = self.x_proj(x).split([self.dt_rank, n, n], dim=-1)
-        delta = F.softplus(self.dt_proj(delta)).float()[..., None]                    # (b, e, 1)
-        h = torch.exp(delta * self.A) * state[1] + delta * B[:, None].float() * x[..., None].float()
-        y = torch.einsum("ben,bn->be", h, C.float()) + self.D * x
+        delta = F.softplus(self.dt_proj(delta)).to(A.dtype)[..., None]                # (b, e, 1)
+        h = torch.exp(delta * A) * state[1] + delta * B[:, None].to(A.dtype) * x[..., None].to(A.dtype)
+        y = torch.einsum("ben,bn->be", h, C.to(A.dtype)) + self.D * x
         return self.out_proj((y * F.silu(z)).to(x.dtype)), (window[:, 1:], h)
 
 

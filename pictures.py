@@ -79,7 +79,9 @@ def read_grey(path: Path) -> np.ndarray:
     image = open_picture(path)
     grey = _small(_to_grey(image))
     if abs(_paper_and_ink(grey)[1]) < MIN_CONTRAST:
-        grey = max(map(_small, to_rgb(image).split()), key=lambda channel: abs(_paper_and_ink(channel)[1]))
+        channel = max(map(_small, to_rgb(image).split()), key=lambda channel: abs(_paper_and_ink(channel)[1]))
+        if abs(_paper_and_ink(channel)[1]) >= 2 * MIN_CONTRAST:  # alone it has more noise than three together
+            return channel
     return grey
 
 

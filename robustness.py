@@ -34,7 +34,9 @@ def blur(images: Tensor, pixels: float) -> Tensor:
     if pixels == 0:
         return images
     reach = min(2 * round(3 * pixels) + 1, 2 * min(images.shape[-2:]) - 1)
-    return transforms.gaussian_blur(images, [reach, reach], [pixels, pixels])
+    for kernel in ([reach, 1], [1, reach]):  # a square one would take its side times as long
+        images = transforms.gaussian_blur(images.float(), kernel, [pixels, pixels])
+    return images.round().to(torch.uint8)
 
 
 def shift(images: Tensor, pixels: float) -> Tensor:

@@ -125,6 +125,13 @@ def test_a_picture_becomes_a_centred_light_digit_on_dark(image, size, tmp_path):
         assert digit[rows[-1], columns[-1]] < 40, "and nothing below on the right"
 
 
+def test_paper_with_coloured_noise_holds_no_digit(tmp_path):
+    noise = np.random.default_rng(0).normal((215, 205, 180), 6, (500, 400, 3))
+    Image.fromarray(np.uint8(noise.clip(0, 255))).save(tmp_path / "blank.png")
+    with pytest.raises(UserError):
+        prepare_picture(tmp_path / "blank.png", 28)
+
+
 def test_a_photograph_is_turned_upright(tmp_path):
     turned = seven().rotate(90, expand=True)
     exif = Image.Exif()

@@ -472,9 +472,10 @@ def test_self_check_fails_where_an_implementation_is_wrong(monkeypatch, capsys):
     assert "FAIL" in capsys.readouterr().out
 
 
-def test_step_equals_the_parallel_pass_token_by_token():
-    mixer = SelectiveScan(24)
-    x = torch.randn(3, 37, 24)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_step_equals_the_parallel_pass_token_by_token(dtype):
+    mixer = SelectiveScan(24).to(dtype)
+    x = torch.randn(3, 37, 24, dtype=dtype)
     state, tokens = None, []
     for t in range(x.shape[1]):
         y, state = mixer.step(x[:, t], state)

@@ -51,7 +51,7 @@ canvas.addEventListener('pointermove', event => {
   if (event.pointerId !== pen) return;
   for (const step of event.getCoalescedEvents?.().concat(event) ?? [event]) stroke(step);
 });
-for (const end of ['pointerup', 'pointercancel']) canvas.addEventListener(end, event => {
+for (const end of ['pointerup', 'pointercancel', 'lostpointercapture']) canvas.addEventListener(end, event => {
   if (event.pointerId !== pen) return;
   pen = null;
   send();
