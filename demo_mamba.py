@@ -16,7 +16,7 @@ RUNS_DIR/<run name>/report.html. A run's name is that of its checkpoint's file.
 from __future__ import annotations
 
 import cpu_settings  # isort: skip  # noqa: F401  (before torch: it reads them once)
-from errors import ArgumentParser, UserError, as_flag, image_size, printable, run_script  # isort: skip  (Ctrl-C is one line from here on)
+from errors import ArgumentParser, UserError, as_flag, image_size, one_line, printable, run_script  # isort: skip  (Ctrl-C is one line from here on)
 
 import argparse
 import json
@@ -325,7 +325,7 @@ def read_pictures(demo: TrainedModel, named: list[Path]) -> tuple[list[Path], li
     if len(wrong) == 1 and not paths:
         raise UserError(wrong[0])
     for line in wrong:
-        print(f"skipped: {' '.join(line.split())}", file=sys.stderr)
+        print(f"skipped: {one_line(line)}", file=sys.stderr)
     if wrong and not paths:
         raise UserError(f"none of the {len(wrong)} pictures can be used; name others")
     return paths, images, len(wrong)

@@ -50,6 +50,11 @@ def printable(name: object) -> str:
     return UNPRINTABLE.sub("?", str(name))
 
 
+def one_line(message: object) -> str:
+    """What is told to people, in a line of its own."""
+    return printable(" ".join(str(message).split()))
+
+
 def image_size(text: str) -> tuple[int, int]:
     """(height, width) of "64" or "64x96"."""
     sides = text.lower().split("x")
@@ -110,7 +115,7 @@ def _fail(message: str) -> NoReturn:
         # Where all processes fail alike the first one tells, and torchrun ends the others; on a busy machine
         # it may come seconds after them.
         time.sleep(10)
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -40,12 +40,10 @@ def open_picture(path: Path, least: tuple[int, int] | None = None) -> Image.Imag
         raise
     except Image.DecompressionBombError as error:
         raise too_large from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path} cannot be read as a picture (it is none of a known kind); use a PNG or "
-                        "JPEG file") from error
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, ... for damaged files
-        raise UserError(f"{path} cannot be read as a picture ({type(error).__name__}); use a PNG or JPEG file"
-                        ) from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        cause = "it is none of a known kind" if unknown else type(error).__name__
+        raise UserError(f"{path} cannot be read as a picture ({cause}); use a PNG or JPEG file") from error
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from errors import UserError, printable
+from errors import UserError, one_line, printable
 from trained import TrainedModel
 
 
@@ -27,7 +27,7 @@ def converse(demo: TrainedModel) -> None:
         try:
             image, truth = fetch_image(demo, answer)
         except UserError as error:
-            print(printable(" ".join(str(error).split())))
+            print(one_line(error))
             continue
         row = demo.probabilities(image)[0]
         print(terminal_picture(image[0]))
